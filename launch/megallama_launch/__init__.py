@@ -1,0 +1,1 @@
+"""What runs outside of the training process: local ranks, supervision, node health, SLURM."""

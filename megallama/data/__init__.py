@@ -1,0 +1,1 @@
+"""Documents to packed token shards to exactly resumable batches."""

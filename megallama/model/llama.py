@@ -1,0 +1,154 @@
+"""Llama 3 in plain PyTorch: one device, flat tokens, packed weights.
+
+Shapes: T tokens of a micro-batch (documents back to back), d hidden, F ffn, V padded vocabulary,
+Hq/Hkv heads, K head_dim. Head and feature counts come from the weights at hand, so that a rank with
+a slice of every weight runs the same lines. Everything parallel enters through `Seams`.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megallama.config.schema import ModelConfig, vocab_rows
+from megallama.model.attention import AttentionPlan
+from megallama.model.precision import at_least_float32
+from megallama.model.rope import rotate
+from megallama.model.seams import Seams
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Root-mean-square norm (Zhang & Sennrich 2019) over the last dimension.
+
+    The normalised value is rounded to `x`'s dtype before the weight multiplies it, as Hugging Face
+    Llama does.
+    """
+    wide = at_least_float32(x)
+    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return normed.to(x.dtype) * weight
+
+
+class Embedding(nn.Module):
+    """Tokens to residual stream."""
+
+    def __init__(self, config: ModelConfig, seams: Seams) -> None:
+        super().__init__()
+        self.seams = seams
+        self.weight = nn.Parameter(torch.empty(vocab_rows(config), config.hidden))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """`tokens [T]` -> `[T, d]`."""
+        return self.seams.embed(tokens, self.seams.local("embed.weight", self.weight))
+
+
+class Block(nn.Module):
+    """One transformer block: pre-norm attention and SwiGLU (Shazeer 2020), each added to the stream."""
+
+    def __init__(self, config: ModelConfig, seams: Seams) -> None:
+        super().__init__()
+        d, K = config.hidden, config.head_dim
+        self.seams, self.head_dim, self.eps = seams, K, config.norm_eps
+        self.attn_norm = nn.Parameter(torch.empty(d))
+        self.wq = nn.Parameter(torch.empty(config.heads * K, d))
+        # [Hkv, 2, K, d] with the leading dimensions folded: FSDP cuts rows, and Hkv alone is too few.
+        self.wkv = nn.Parameter(torch.empty(config.kv_heads * 2 * K, d))
+        self.wo = nn.Parameter(torch.empty(d, config.heads * K))
+        self.ffn_norm = nn.Parameter(torch.empty(d))
+        self.w13 = nn.Parameter(torch.empty(config.ffn, 2, d))
+        self.w2 = nn.Parameter(torch.empty(d, config.ffn))
+        self.wrapped: Callable[[Tensor, AttentionPlan], Tensor] | None = None
+        """`compute` under activation checkpointing or torch.compile, if either is on."""
+
+    def forward(self, x: Tensor, plan: AttentionPlan) -> Tensor:
+        """`x [T, d]` -> `[T, d]`."""
+        return (self.wrapped or self.compute)(x, plan)
+
+    def compute(self, x: Tensor, plan: AttentionPlan) -> Tensor:
+        """The block's arithmetic, `[T, d]` -> `[T, d]`."""
+        x = x + self._attention(rms_norm(x, self._local("attn_norm"), self.eps), plan)
+        return x + self._feed_forward(rms_norm(x, self._local("ffn_norm"), self.eps))
+
+    def _attention(self, x: Tensor, plan: AttentionPlan) -> Tensor:
+        q, kv = self.seams.enter(x, self._local("wq"), self._local("wkv"))
+        q = q.unflatten(-1, (-1, self.head_dim))
+        k, v = kv.unflatten(-1, (-1, 2, self.head_dim)).unbind(-2)
+        q, k = rotate(q, plan.cos, plan.sin), rotate(k, plan.cos, plan.sin)
+        out = self.seams.attend(q, k, v, plan)
+        return self.seams.leave(out.flatten(1), self._local("wo"))
+
+    def _feed_forward(self, x: Tensor) -> Tensor:
+        (gate_up,) = self.seams.enter(x, self._local("w13").flatten(0, 1))
+        gate, up = gate_up.unflatten(-1, (-1, 2)).unbind(-1)
+        return self.seams.leave(F.silu(gate) * up, self._local("w2"))
+
+    def _local(self, name: str) -> Tensor:
+        return self.seams.local(name, getattr(self, name))
+
+
+class Head(nn.Module):
+    """Final norm and vocabulary projection."""
+
+    def __init__(self, config: ModelConfig, seams: Seams, tied_to: Embedding | None) -> None:
+        super().__init__()
+        self.seams, self.eps, self.vocab = seams, config.norm_eps, config.vocab
+        self.norm = nn.Parameter(torch.empty(config.hidden))
+        rows = vocab_rows(config)
+        self.weight = tied_to.weight if tied_to else nn.Parameter(torch.empty(rows, config.hidden))
+
+    def forward(self, x: Tensor, labels: Tensor | None) -> Tensor:
+        """`x [T, d]` and `labels [T]` -> per-token loss `[T]`; without labels, logits `[T, vocab]`."""
+        normed = rms_norm(x, self.seams.local("head.norm", self.norm), self.eps)
+        (logits,) = self.seams.enter(normed, self.seams.local("head.weight", self.weight))
+        if labels is None:
+            return logits[:, : self.vocab]
+        return self.seams.cross_entropy(logits, labels, self.vocab)
+
+
+class Llama(nn.Module):
+    """The whole model, or the consecutive layers of it that one pipeline stage holds.
+
+    Parameter names do not depend on the layout: layer 3 is `layers.3` on whatever stage.
+
+    Args:
+        config: shape of the whole model.
+        seams: what this rank does differently.
+        layers: the blocks this stage holds; all by default.
+        first: holds the embedding.
+        last: holds the final norm and the head.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        seams: Seams | None = None,
+        layers: range | None = None,
+        *,
+        first: bool = True,
+        last: bool = True,
+    ) -> None:
+        super().__init__()
+        seams = seams or Seams()
+        layers = range(config.layers) if layers is None else layers
+        self.embed = Embedding(config, seams) if first else None
+        self.layers = nn.ModuleDict({str(i): Block(config, seams) for i in layers})
+        tied_to = self.embed if config.tie_embeddings else None
+        self.head = Head(config, seams, tied_to) if last else None
+
+    def forward(self, x: Tensor, plan: AttentionPlan, labels: Tensor | None = None) -> Tensor:
+        """Run this stage.
+
+        Args:
+            x: tokens `[T]` int64 on the first stage, else the stream `[T, d]`.
+            plan: of this micro-batch.
+            labels: `[T]` int64, on the last stage when the loss is wanted.
+
+        Returns:
+            The stream `[T, d]`; on the last stage per-token losses `[T]`, or logits `[T, vocab]`
+            if there are no labels.
+        """
+        if self.embed is not None:
+            x = self.embed(x)
+        for block in self.layers.values():
+            x = block(x, plan)
+        return x if self.head is None else self.head(x, labels)

@@ -1,0 +1,48 @@
+"""Rotary position embedding (Su et al. 2021) with Llama 3.1's frequency scaling.
+
+Features are paired as Hugging Face does: feature i with feature i + head_dim/2.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from megallama.config.schema import ModelConfig, RopeScaling
+from megallama.model.precision import at_least_float32
+
+
+def inverse_frequencies(config: ModelConfig) -> Tensor:
+    """Radians per position for each feature pair, `[head_dim/2]` float64.
+
+    Scaling follows Llama 3.1's reference code: long wavelengths are stretched by `factor`, short
+    ones kept, those between blended.
+    """
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim
+    frequencies = config.rope_theta**-exponents
+    scaling = config.rope_scaling
+    return frequencies if scaling is None else _scaled(frequencies, scaling)
+
+
+def _scaled(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
+    wavelengths = 2 * math.pi / frequencies
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    keep = ((scaling.original_context / wavelengths - low) / (high - low)).clamp(0, 1)
+    return keep * frequencies + (1 - keep) * frequencies / scaling.factor
+
+
+def rotary_table(config: ModelConfig, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosine and sine for each token, `[T, 1, head_dim/2]` each, on the positions' device.
+
+    Angles are taken in float64: in float32 they are off by 8e-3 rad at position 131,072.
+    """
+    inverse = inverse_frequencies(config).to(position_ids.device)
+    angles = torch.outer(position_ids.to(torch.float64), inverse)[:, None]
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """`x [T, H, head_dim]` rotated by its tokens' angles; computed in the table's precision."""
+    first, second = at_least_float32(x).chunk(2, dim=-1)
+    rotated = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    return rotated.to(x.dtype)

@@ -1,0 +1,57 @@
+"""Where parallelism meets the model: five callables whose defaults do nothing but the arithmetic.
+
+The model calls these and knows no more. `megallama.parallel` supplies versions that communicate.
+Letters: T tokens of one rank's micro-batch, d hidden, F ffn, V padded vocabulary, H heads, K head_dim;
+`t` tensor-parallel ranks.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from megallama.model.attention import AttentionPlan, attend
+from megallama.model.precision import at_least_float32
+
+IGNORED_LABEL = -100
+
+
+def as_it_is(_name: str, parameter: Tensor) -> Tensor:
+    """The parameter itself."""
+    return parameter
+
+
+def project(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+    """`x [T, d]` times each `weight [n, d]`: a tuple of `[T, n]`."""
+    return tuple(F.linear(x, weight) for weight in weights)
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, vocab: int) -> Tensor:
+    """Per-token loss in nats, `[T]`, at least float32; 0 where the label is ignored.
+
+    Args:
+        logits: `[T, V]`; columns from `vocab` on are padding and take no part.
+        labels: `[T]` int64, `IGNORED_LABEL` where no loss is taken.
+        vocab: tokens that exist.
+    """
+    real = at_least_float32(logits[:, :vocab])
+    return F.cross_entropy(real, labels, ignore_index=IGNORED_LABEL, reduction="none")
+
+
+@dataclass(frozen=True)
+class Seams:
+    """The places where a rank's work differs from a single device's."""
+
+    local: Callable[[str, Tensor], Tensor] = as_it_is
+    """`(name, parameter)` -> the part of it this rank computes with; `name` as in `placements.py`."""
+    enter: Callable[..., tuple[Tensor, ...]] = project
+    """`(x [T/t, d], *weights)` -> projections of all T tokens onto this rank's features."""
+    leave: Callable[[Tensor, Tensor], Tensor] = F.linear
+    """`(x [T, n/t], weight [d, n/t])` -> `[T/t, d]`, summed over the ranks that hold features."""
+    attend: Callable[[Tensor, Tensor, Tensor, AttentionPlan], Tensor] = attend
+    """`(q [T, Hq, K], k, v [T, Hkv, K], plan)` -> `[T, Hq, K]`."""
+    embed: Callable[[Tensor, Tensor], Tensor] = F.embedding
+    """`(tokens [T], weight [V/t, d])` -> `[T/t, d]`."""
+    cross_entropy: Callable[[Tensor, Tensor, int], Tensor] = cross_entropy
+    """`(logits [T, V/t], labels [T], vocab)` -> per-token loss `[T]`, the same on all t ranks."""

@@ -1,0 +1,63 @@
+"""Applies every axis around the plain model, in the one order that works.
+
+stage -> tensor parallel -> activation checkpointing and compile -> FSDP -> memory and weights.
+"""
+
+import torch
+
+from megallama.config.schema import Config
+from megallama.mesh import ProcessGroupManager
+from megallama.model.llama import Llama
+from megallama.model.seams import Seams
+from megallama.parallel.data import COMPUTE_DTYPE, MASTER_DTYPE, shard_over_data
+from megallama.parallel.materialize import materialize
+from megallama.parallel.pipeline.runtime import PipelineStage
+from megallama.parallel.pipeline.split import split_layers
+from megallama.parallel.recompute import wrap_block
+from megallama.parallel.tensor import shard_over_tensor, tensor_seams
+
+
+def build_stage(
+    config: Config, groups: ProcessGroupManager, device: torch.device
+) -> PipelineStage:
+    """This rank's part of the model, sharded, initialised, ready to train.
+
+    Args:
+        config: with `layout.data_shard` resolved.
+        groups: of this rank.
+        device: where parameters live.
+    """
+    model, layout, precision = config.model, config.layout, config.train.precision
+    index, stages = groups.pipeline.rank, groups.pipeline.size
+    split = groups.tensor.size > 1
+    seams = Seams(**tensor_seams(groups.tensor, model.kv_heads)) if split else Seams()  # type: ignore[arg-type]
+    with torch.device("meta"):
+        stage = Llama(
+            model,
+            seams,
+            split_layers(model.layers, stages)[index],
+            first=index == 0,
+            last=index == stages - 1,
+        ).to(MASTER_DTYPE[precision])
+    if split:
+        shard_over_tensor(stage, groups, model.kv_heads)
+    for block in stage.layers.values():
+        wrap_block(
+            block,  # type: ignore[arg-type]
+            activation_checkpointing=config.train.activation_checkpointing,
+            compile_block=config.train.compile,
+        )
+    reshard = layout.reshard_after_forward
+    reshard = stages == 1 if reshard is None else reshard
+    shard_over_data(stage, groups.fsdp_mesh, precision=precision, reshard_after_forward=reshard)
+    materialize(stage, model, groups, config.train.seed, device)
+    tokens = config.data.seq_len * layout.micro_batch // layout.context
+    return PipelineStage(
+        module=stage,
+        index=index,
+        stages=stages,
+        reshard_after_forward=reshard,
+        message_shape=(tokens // layout.tensor, model.hidden),
+        message_dtype=COMPUTE_DTYPE[precision],
+        device=device,
+    )

@@ -1,0 +1,200 @@
+"""Tensor parallelism with sequence parallelism (Shoeybi et al. 2019; Korthikanti et al. 2022).
+
+Between attention and feed-forward each rank holds `[T/t, d]`, a slice of the tokens. `enter` gathers
+the tokens and projects them onto this rank's features; `leave` projects back and scatters the sum.
+Gathered tokens are never saved: backward gathers them again, since they would dominate the memory
+of activations.
+"""
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+
+from megallama.mesh import Axis, ProcessGroupManager
+from megallama.model.precision import at_least_float32
+from megallama.model.seams import IGNORED_LABEL
+from megallama.parallel.collectives import (
+    all_gather,
+    all_reduce,
+    finish,
+    reduce_scatter,
+    start_all_gather,
+    start_reduce_scatter,
+)
+from megallama.parallel.placements import Placement, placement
+
+
+class _GatherAndProject(torch.autograd.Function):
+    """Forward: all-gather `x [T/t, d]`, then `[T, d]` times each weight `[n/t, d]`.
+
+    Backward: tokens are gathered again while the gradient of x is computed, and that gradient is
+    reduce-scattered while the weights' gradients are computed.
+    """
+
+    @staticmethod
+    def forward(ctx, group: ProcessGroup, x: Tensor, *weights: Tensor):  # type: ignore[no-untyped-def]
+        ctx.group = group
+        ctx.save_for_backward(x, *weights)
+        gathered = all_gather(x, group)
+        return tuple(F.linear(gathered, weight) for weight in weights)
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor):  # type: ignore[no-untyped-def]
+        x, *weights = ctx.saved_tensors
+        gathered = start_all_gather(x, ctx.group)
+        grad_x = grads[0] @ weights[0]
+        for grad, weight in zip(grads[1:], weights[1:], strict=True):
+            grad_x = torch.addmm(grad_x, grad, weight)
+        scattered = start_reduce_scatter(grad_x, ctx.group)
+        gathered = finish(gathered)
+        grad_weights = [grad.t() @ gathered for grad in grads]
+        return None, finish(scattered), *grad_weights
+
+
+class _ReduceScatterTokens(torch.autograd.Function):
+    """Forward: `[T, d]` -> `[T/t, d]`, summed over the group. Backward: all-gather."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, group: ProcessGroup) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.group = group
+        return reduce_scatter(x, group)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
+        return all_gather(grad, ctx.group), None
+
+
+class _VocabParallelCrossEntropy(torch.autograd.Function):
+    """Cross-entropy over logits whose columns lie on t ranks; the logits are never gathered.
+
+    One MAX, then one packed SUM of (sum of exponentials, target logit), both `[T]`-sized. What is
+    saved is the logits as they came and the log-sum-exp.
+    """
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, labels: Tensor, columns: range, vocab: int, group: ProcessGroup):  # type: ignore[no-untyped-def]
+        wide = _without_padding(logits, columns, vocab)
+        largest = all_reduce(wide.amax(-1), "max", group)
+        mine, column = _local_labels(labels, columns)
+        exponentials = (wide - largest[:, None]).exp().sum(-1)
+        target = torch.where(mine, wide.gather(1, column[:, None])[:, 0] - largest, 0.0)
+        total, target = all_reduce(torch.stack([exponentials, target]), "sum", group)
+        log_total = total.log()
+        counted = labels != IGNORED_LABEL
+        ctx.save_for_backward(logits, labels, largest + log_total)
+        ctx.columns, ctx.vocab = columns, vocab
+        return torch.where(counted, log_total - target, 0.0)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
+        logits, labels, log_sum_exp = ctx.saved_tensors
+        wide = _without_padding(logits, ctx.columns, ctx.vocab)
+        grad_logits = (wide - log_sum_exp[:, None]).exp()
+        mine, column = _local_labels(labels, ctx.columns)
+        grad_logits.scatter_add_(1, column[:, None], -mine.to(wide.dtype)[:, None])
+        grad_logits *= torch.where(labels != IGNORED_LABEL, grad, 0.0)[:, None]
+        return grad_logits.to(logits.dtype), None, None, None, None
+
+
+def _without_padding(logits: Tensor, columns: range, vocab: int) -> Tensor:
+    wide = at_least_float32(logits)
+    if columns.stop <= vocab:
+        return wide
+    padding = torch.arange(columns.start, columns.stop, device=logits.device) >= vocab
+    return wide.masked_fill(padding, float("-inf"))
+
+
+def _local_labels(labels: Tensor, columns: range) -> tuple[Tensor, Tensor]:
+    """Which labels lie in this rank's columns, and the column of each (0 where it does not)."""
+    mine = (labels >= columns.start) & (labels < columns.stop)
+    return mine, torch.where(mine, labels - columns.start, 0)
+
+
+def enter(group: ProcessGroup, x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+    """`Seams.enter` over tensor ranks: one all-gather of `[T/t, d]`."""
+    return _GatherAndProject.apply(group, x, *weights)
+
+
+def leave(group: ProcessGroup, x: Tensor, weight: Tensor) -> Tensor:
+    """`Seams.leave` over tensor ranks: one reduce-scatter of `[T, d]`."""
+    return _ReduceScatterTokens.apply(F.linear(x, weight), group)
+
+
+def embed(axis: Axis, tokens: Tensor, weight: Tensor) -> Tensor:
+    """`Seams.embed` with the vocabulary's rows over tensor ranks: one reduce-scatter of `[T, d]`."""
+    columns = _columns(axis, weight)
+    mine, row = _local_labels(tokens, columns)
+    return _ReduceScatterTokens.apply(F.embedding(row, weight) * mine[:, None], axis.group)
+
+
+def cross_entropy(axis: Axis, logits: Tensor, labels: Tensor, vocab: int) -> Tensor:
+    """`Seams.cross_entropy` with the vocabulary's columns over tensor ranks."""
+    columns = range(axis.rank * logits.shape[1], (axis.rank + 1) * logits.shape[1])
+    return _VocabParallelCrossEntropy.apply(logits, labels, columns, vocab, axis.group)
+
+
+def _columns(axis: Axis, weight: Tensor) -> range:
+    return range(axis.rank * weight.shape[0], (axis.rank + 1) * weight.shape[0])
+
+
+def local(axis: Axis, kv_heads: int, name: str, parameter: Tensor) -> Tensor:
+    """`Seams.local`: the part of a parameter this rank computes with, and how its gradient returns.
+
+    A replicated parameter's gradient is marked as a partial sum; FSDP adds it up over the tensor
+    ranks before it reduces over data ranks.
+    """
+    assert isinstance(parameter, DTensor)
+    layout = placement(name, kv_heads=kv_heads, tensor=axis.size)
+    if layout.shard_dim is not None:
+        return parameter.to_local()
+    whole = parameter.to_local(grad_placements=[Partial()])
+    if layout.heads_per_rank is None:
+        return whole
+    head = kv_head_of(axis, layout)
+    rows = whole.shape[0] // kv_heads
+    return whole[head * rows : (head + 1) * rows]
+
+
+def kv_head_of(axis: Axis, layout: Placement) -> int:
+    """The key/value head that a rank's query heads share, when there are more ranks than heads."""
+    assert layout.heads_per_rank is not None
+    kv_heads, tensor = layout.heads_per_rank
+    return axis.rank * kv_heads // tensor
+
+
+def tensor_seams(axis: Axis, kv_heads: int) -> dict[str, object]:
+    """The seams that tensor parallelism fills, by field name."""
+    return {
+        "local": partial(local, axis, kv_heads),
+        "enter": partial(enter, axis.group),
+        "leave": partial(leave, axis.group),
+        "embed": partial(embed, axis),
+        "cross_entropy": partial(cross_entropy, axis),
+    }
+
+
+def shard_over_tensor(module: torch.nn.Module, groups: ProcessGroupManager, kv_heads: int) -> None:
+    """Replace every parameter of a module on the meta device by a DTensor over the tensor mesh."""
+    for prefix, child in module.named_modules():
+        for leaf, parameter in list(child.named_parameters(recurse=False)):
+            name = f"{prefix}.{leaf}" if prefix else leaf
+            setattr(child, leaf, _as_dtensor(name, parameter, groups, kv_heads))
+
+
+def _as_dtensor(
+    name: str, parameter: Tensor, groups: ProcessGroupManager, kv_heads: int
+) -> torch.nn.Parameter:
+    size = groups.tensor.size
+    dim = placement(name, kv_heads=kv_heads, tensor=size).shard_dim
+    if dim is None:
+        data, layout = parameter.detach(), Replicate()
+    else:
+        length = parameter.shape[dim] // size
+        data = parameter.detach().narrow(dim, 0, length).contiguous()
+        layout = Shard(dim)
+    dtensor = DTensor.from_local(data, groups.tensor_mesh, [layout], run_check=False)
+    return torch.nn.Parameter(dtensor)
