@@ -12,6 +12,7 @@ import functools
 import importlib.machinery
 import importlib.util
 import os
+import pickle
 import shutil
 import sys
 from collections.abc import Callable
@@ -40,7 +41,7 @@ def ranks(world_size: int, *, timeout_s: float = 120.0) -> Callable[[Callable], 
             outcome = run_local(
                 "tests.ranks:run_body",
                 world_size,
-                (body.__module__, body.__name__, kwargs, timeout_s),
+                (body.__module__, body.__name__, pickle.dumps(kwargs), timeout_s),
                 threads=1,
                 timeout_s=timeout_s,
                 capture=True,
@@ -64,8 +65,11 @@ def explain(outcome: Outcome) -> str:
     return "\n".join([outcome.text, *parts])
 
 
-def run_body(module: str, name: str, kwargs: dict[str, object], timeout_s: float) -> None:
-    """In a rank: run the body that `@ranks` keeps of the test `module`.`name`."""
+def run_body(module: str, name: str, kwargs: bytes, timeout_s: float) -> None:
+    """In a rank: run the body that `@ranks` keeps of the test `module`.`name`.
+
+    Its arguments come pickled: they may be of classes of that module, which is imported only here.
+    """
     import torch
     from torch import distributed
 
@@ -79,7 +83,7 @@ def run_body(module: str, name: str, kwargs: dict[str, object], timeout_s: float
         world_size=world_size,
         timeout=timedelta(seconds=timeout_s + 60),  # a hang is the parent's to report
     )
-    body(**kwargs)
+    body(**pickle.loads(kwargs))
     distributed.barrier()
     distributed.destroy_process_group()
 

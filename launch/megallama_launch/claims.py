@@ -50,7 +50,7 @@ class Failure:
     symptom: bool
     """A lost connection: some other rank probably failed before."""
     time: float
-    """time.monotonic() of the machine, in seconds; comparable between its processes."""
+    """When it was claimed: time.monotonic(), in seconds, comparable on one machine."""
 
     @property
     def text(self) -> str:

@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -63,7 +64,8 @@ def guard(
     `coordinates()` says where in the layout the rank stands ("tensor 1 · data 0"); it is asked
     only after a failure and may itself fail. `claim()` says whether this failure is the first;
     left out, the store in the environment is asked. Ranks of `run_local` always claim in its
-    folder.
+    folder. Under srun rank 0's store must outlive its process group: a variable of `function` that
+    holds the store is enough.
 
     The code is what `function` returned (None is 0), an exception's `exit_code` (2 the user must
     fix something, 3 diverged, 4 preempted with the state saved), or else 1. An exception with an
@@ -75,14 +77,13 @@ def guard(
         return function(*args) or 0
     except KeyboardInterrupt:
         return INTERRUPTED
-    except SystemExit as left:
-        if left.code is None or isinstance(left.code, int):
-            return left.code or 0
-        failure = _failure(rank, left, str(left.code), coordinates)
     except BaseException as error:
-        failure = _failure(rank, error, f"{type(error).__name__}: {error}", coordinates)
-    _report(failure, claim or (lambda: claim_from_environment(rank, since=started)))
-    return failure.exit_code
+        if isinstance(error, SystemExit) and isinstance(error.code, int | None):
+            return error.code or 0
+        failure = _failure(rank, error, coordinates)
+        # still inside: the exception keeps the function's variables alive, its store among them
+        _report(failure, claim or (lambda: claim_from_environment(rank, since=started)))
+        return failure.exit_code
 
 
 def leave(exit_code: int) -> NoReturn:
@@ -92,11 +93,10 @@ def leave(exit_code: int) -> NoReturn:
     os._exit(exit_code)
 
 
-def _failure(
-    rank: int, error: BaseException, words: str, coordinates: Callable[[], str] | None
-) -> Failure:
+def _failure(rank: int, error: BaseException, coordinates: Callable[[], str] | None) -> Failure:
     exit_code = getattr(error, "exit_code", None)
     on_purpose = isinstance(exit_code, int) or isinstance(error, SystemExit)
+    words = str(error) if isinstance(error, SystemExit) else f"{type(error).__name__}: {error}"
     symptom = isinstance(error, RuntimeError) and bool(_LOST_PEER.search(str(error)))
     verb = "stopped" if exit_code == PREEMPTED else "failed"
     message = f"{_who(rank, coordinates)} {verb}: {words}"
@@ -129,7 +129,7 @@ def _report(failure: Failure, claim: Callable[[], bool]) -> None:
     if failure.symptom:
         _hold_back(folder)
     if folder:
-        claim_in_folder(folder, failure)
+        claim_in_folder(folder, dataclasses.replace(failure, time=time.monotonic()))
     elif granted(claim):
         _show(failure)
         if hosts_store(failure.rank):

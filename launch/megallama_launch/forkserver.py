@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import tempfile
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -31,6 +32,9 @@ PRELOAD = (
     "torch.distributed.tensor.parallel",
 )
 """What every rank of ours uses, whatever it runs."""
+
+LONGEST_TMPDIR = 107 - len("/pymp-xxxxxxxx/listener-xxxxxxxx")
+"""In bytes: Linux has 107 for a socket's path, and multiprocessing adds these names."""
 
 SHIELDED = frozenset(
     {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2}
@@ -53,7 +57,7 @@ def start_forkserver(preload: Sequence[str] = PRELOAD) -> None:
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, SHIELDED)
     try:
         # One OpenMP thread: a library that starts its pool on import would not survive the fork.
-        with _environment({REQUEST: request, "OMP_NUM_THREADS": "1"}):
+        with _environment({REQUEST: request, "OMP_NUM_THREADS": "1"}), _short_temporary_folder():
             forkserver.ensure_running()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
@@ -72,6 +76,18 @@ def start(process: BaseProcess) -> None:
         process.start()
     finally:
         sys.modules["__main__"] = main
+
+
+@contextmanager
+def _short_temporary_folder() -> Iterator[None]:
+    """Batch systems can set a TMPDIR in which the path of a socket becomes too long."""
+    before = tempfile.tempdir
+    if len(os.fsencode(tempfile.gettempdir())) > LONGEST_TMPDIR:
+        tempfile.tempdir = "/tmp"
+    try:
+        yield
+    finally:
+        tempfile.tempdir = before
 
 
 @contextmanager

@@ -64,9 +64,9 @@ def outcome_of(
             return _stopped(exits, killed, stopped_by)
         return _claimed(claimed)
     bad = min((e for e in exits if e.code), key=lambda e: e.time, default=None)
-    if claimed is not None and (bad is None or claimed.time <= bad.time):
-        return _claimed(claimed)
-    return _unexplained(bad) if bad else Outcome(0)
+    if bad is None or (claimed is not None and claimed.time <= bad.time):
+        return _claimed(claimed) if claimed else Outcome(0)
+    return _unexplained(bad)
 
 
 def hung_outcome(stacks: Mapping[int, str], timeout_s: float) -> Outcome:

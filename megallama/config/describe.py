@@ -17,7 +17,7 @@ from megallama.config.fields import keys, section_of, type_in_words
 from megallama.config.schema import Config
 from megallama.config.suggest import nearest
 
-WIDTHS = (32, 26, 14)  # characters for key, type and default; the description takes the rest
+WIDTHS = (38, 26, 14)  # characters for key, type and default; the description takes the rest
 INTEGER_WITH_UNDERSCORES = r"^[0-9]+(_[0-9]+)+$"
 
 
@@ -25,7 +25,14 @@ class _Dumper(yaml.SafeDumper):
     """Quotes the text that the config's reader or another YAML reader takes for a number."""
 
 
+def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    # Without double quotes, what PyYAML writes for U+0085 and its like comes back as a space.
+    style = None if text.isprintable() else '"'
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
 add_resolvers(_Dumper)
+_Dumper.add_representer(str, _text)
 
 
 def to_yaml(config: Config) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import yaml
 
@@ -107,7 +107,8 @@ def read_value(text: str, document: Document) -> Any:
         mark = _mark(document.name, lines, len(before) - 1, len(before[-1]) - 1, 1)
     except yaml.MarkedYAMLError as error:
         at = error.problem_mark or error.context_mark
-        problem = f"not valid YAML: {error.problem or error.context}"
+        parts = [part for part in (error.context, error.problem) if part]
+        problem = f"not valid YAML: {', '.join(parts)}"
         problem += next((hint for part, hint in SYNTAX_HINTS.items() if part in problem), "")
         mark = _mark(document.name, lines, at.line, at.column, 1) if at else Mark(document.name)
     except RecursionError:
@@ -136,7 +137,7 @@ SYNTAX_HINTS = {
 class _Loader(yaml.SafeLoader):
     """Used up to the node tree only, where plain scalars get the tags resolved below."""
 
-    yaml_implicit_resolvers: ClassVar[dict[str, list[tuple[str, re.Pattern[str]]]]] = {}
+    yaml_implicit_resolvers = {}  # noqa: RUF012 - as PyYAML declares it
 
 
 RESOLVERS: tuple[tuple[str, str, list[str]], ...] = (
@@ -173,7 +174,7 @@ def _float(text: str) -> float:
 SCALARS: dict[str, Callable[[str], Any]] = {
     TAG + "str": str,
     TAG + "bool": lambda text: text.lower() == "true",
-    TAG + "null": lambda text: None,
+    TAG + "null": lambda _: None,
     TAG + "int": lambda text: int(text.replace("_", "")),
     TAG + "float": _float,
 }
@@ -243,6 +244,8 @@ class _Builder:
                 self.document.forget(child)
             self.document.keys[child] = mark
             data[key.value] = self.value(value, child)
+            if value.start_mark.index == value.end_mark.index:  # nothing to point at
+                self.document.values[child] = mark
         return data
 
     def merge(self, node: yaml.Node, path: KeyPath) -> dict[str, Any]:

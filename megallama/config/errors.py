@@ -30,6 +30,8 @@ class UserError(Exception):
     `title` is what the problems are about, usually a file's name; without it there is no header.
     """
 
+    exit_code = 2
+
     def __init__(self, problems: Sequence[Problem], title: str = "") -> None:
         super().__init__(problems, title)
         self.problems = tuple(problems)

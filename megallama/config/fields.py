@@ -64,7 +64,8 @@ def type_in_words(annotation: Any, metadata: Sequence[Any] = ()) -> str:
         return "list of sections" if section_of(annotation) else "list"
     if section_of(annotation):
         return "section"
-    return " ".join([TYPES[annotation], *(_bound(item) for item in metadata if _bound(item))])
+    bounds = [_bound(item) for item in metadata if _bound(item)]
+    return f"{TYPES[annotation]} {', '.join(bounds)}".rstrip()
 
 
 def _bound(item: Any) -> str:

@@ -16,7 +16,8 @@ from megallama.config.wording import shown
 def apply(document: Document, overrides: Sequence[str]) -> None:
     """Apply them in order, the last one wins; what cannot be applied is reported."""
     for number, override in enumerate(overrides):
-        mark = Mark(f"command line: {override}", order=(sys.maxsize, number))
+        said = override if override.isprintable() else repr(override)
+        mark = Mark(f"command line: {said}", order=(sys.maxsize, number))
         key, equals, text = override.partition("=")
         steps = key.strip().split(".")
         if not equals or not all(steps):

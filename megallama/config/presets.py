@@ -1,4 +1,4 @@
-"""`model: llama3.1_8b` and `model: {preset: llama3.1_8b, layers: 4}`, replaced by all the fields."""
+"""`model: NAME` and `model: {preset: NAME, layers: 4}`, replaced by all the model's fields."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from megallama.config.schema import Config, LayoutConfig, ModelConfig, vocab_row
 from megallama.config.suggest import either, near_divisors, near_multiples
 
 
-class Unreadable(Exception):
+class Unreadable(Exception):  # noqa: N818 - a signal between rules, not an error
     """A rule asked for a field whose value is missing or wrong."""
 
 
@@ -28,7 +28,7 @@ def rules(config: Config) -> Iterator[Problem]:
             continue
 
 
-def heads_share_kv_heads(config: Config) -> Iterator[Problem]:
+def _heads_share_kv_heads(config: Config) -> Iterator[Problem]:
     heads, kv_heads = config.model.heads, config.model.kv_heads
     if heads % kv_heads:
         choices = either(near_divisors(heads, kv_heads))
@@ -37,75 +37,76 @@ def heads_share_kv_heads(config: Config) -> Iterator[Problem]:
         )
 
 
-def head_dim_is_even(config: Config) -> Iterator[Problem]:
+def _head_dim_is_even(config: Config) -> Iterator[Problem]:
     size = config.model.head_dim
     if size % 2:
         what = f"{size} is odd, and rotary embedding turns pairs of features"
         yield Problem("model.head_dim", f"{what}: use {either(near_multiples(size, 2))}")
 
 
-def cuts_query_heads(model: ModelConfig, tensor: int) -> str:
+def _cuts_query_heads(model: ModelConfig, tensor: int) -> str:
     return "" if model.heads % tensor == 0 else f"does not divide model.heads = {model.heads}"
 
 
-def cuts_kv_heads(model: ModelConfig, tensor: int) -> str:
+def _cuts_kv_heads(model: ModelConfig, tensor: int) -> str:
     # Where `tensor` is a multiple of kv_heads and divides heads, the query heads of one rank lie
     # within one group: heads / tensor divides heads / kv_heads, and ranks start at its multiples.
     fits = model.kv_heads % tensor == 0 or tensor % model.kv_heads == 0
     return "" if fits else f"neither divides model.kv_heads = {model.kv_heads} nor is its multiple"
 
 
-def cuts_ffn(model: ModelConfig, tensor: int) -> str:
+def _cuts_ffn(model: ModelConfig, tensor: int) -> str:
     return "" if model.ffn % tensor == 0 else f"does not divide model.ffn = {model.ffn}"
 
 
-def cuts_vocabulary(model: ModelConfig, tensor: int) -> str:
+def _cuts_vocabulary(model: ModelConfig, tensor: int) -> str:
     rows = vocab_rows(model)
     why = f"does not divide the {rows} rows of the vocabulary (model.vocab, padded)"
     return "" if rows % tensor == 0 else why
 
 
-TENSOR_CUTS = (cuts_query_heads, cuts_kv_heads, cuts_ffn, cuts_vocabulary)
+TENSOR_CUTS = (_cuts_query_heads, _cuts_kv_heads, _cuts_ffn, _cuts_vocabulary)
 LARGEST_TENSOR = 128  # ranks that a suggestion names; more heads than this are not cut one by one
 
 
-def tensor_cuts_the_model(config: Config) -> Iterator[Problem]:
+def _tensor_cuts_the_model(config: Config) -> Iterator[Problem]:
     tensor = config.layout.tensor
-    why = tensor_complaints(config, tensor)
+    why = _tensor_complaints(config, tensor)
     if why:
-        fits = [n for n in range(1, LARGEST_TENSOR + 1) if not tensor_complaints(config, n)]
+        fits = [n for n in range(1, LARGEST_TENSOR + 1) if not _tensor_complaints(config, n)]
         choices = either(sorted(sorted(fits, key=lambda n: abs(n - tensor))[:4]))
         yield Problem("layout.tensor", f"{tensor} {'; '.join(why)}: use {choices}")
 
 
-def tensor_complaints(config: Config, tensor: int) -> list[str]:
+def _tensor_complaints(config: Config, tensor: int) -> list[str]:
     """Why the model cannot be cut over `tensor` ranks, from the fields that could be read."""
-    found = (known(cut, config.model, tensor) for cut in TENSOR_CUTS)
+    found = (_known(cut, config.model, tensor) for cut in TENSOR_CUTS)
     return [why for why in found if why]
 
 
-def stages_have_layers(config: Config) -> Iterator[Problem]:
+def _stages_have_layers(config: Config) -> Iterator[Problem]:
     layers, layout = config.model.layers, config.layout
     stages = layout.pipeline * layout.virtual_stages
     if stages <= layers:
         return
     if layout.pipeline > layers:
         what = f"{layout.pipeline} ranks are more than model.layers = {layers}"
-        yield Problem("layout.pipeline", f"{what}: use {layers} or fewer")
+        yield Problem("layout.pipeline", f"{what}: use {_at_most(layers)}")
         return
     what = (
         f"layout.pipeline {layout.pipeline} × layout.virtual_stages {layout.virtual_stages} = "
         f"{stages} stages are more than model.layers = {layers}"
     )
-    yield Problem("layout.virtual_stages", f"{what}: use {_most_virtual_stages(config)}")
+    most = layers // layout.pipeline
+    choice = _at_most(most) if most > 1 else "1 with schedule: 1f1b"
+    yield Problem("layout.virtual_stages", f"{what}: use {choice}")
 
 
-def _most_virtual_stages(config: Config) -> str:
-    most = config.model.layers // config.layout.pipeline
-    return f"{most} or fewer" if most > 1 else "1 with schedule: 1f1b"
+def _at_most(count: int) -> str:
+    return f"{count} or fewer" if count > 1 else str(count)
 
 
-def interleaving_has_virtual_stages(config: Config) -> Iterator[Problem]:
+def _interleaving_has_virtual_stages(config: Config) -> Iterator[Problem]:
     schedule, virtual = config.layout.schedule, config.layout.virtual_stages
     if virtual > 1 and schedule != "interleaved_1f1b":
         yield Problem(
@@ -121,7 +122,7 @@ def interleaving_has_virtual_stages(config: Config) -> Iterator[Problem]:
         )
 
 
-def tokens_are_cut_evenly(config: Config) -> Iterator[Problem]:
+def _tokens_are_cut_evenly(config: Config) -> Iterator[Problem]:
     layout, seq_len = config.layout, config.data.seq_len
     context, tensor, micro_batch = layout.context, layout.tensor, layout.micro_batch
     # context: 2 chunks a rank, head and tail; tensor: sequence parallelism cuts each rank's tokens.
@@ -138,14 +139,14 @@ def tokens_are_cut_evenly(config: Config) -> Iterator[Problem]:
     )
 
 
-def batch_fills_every_rank(config: Config) -> Iterator[Problem]:
+def _batch_fills_every_rank(config: Config) -> Iterator[Problem]:
     tokens, seq_len, layout = config.train.global_batch_tokens, config.data.seq_len, config.layout
     # data_shard -1 is not known yet; resolve_world asks again when it is.
     factors = {
         "data.seq_len": seq_len,
-        "layout.micro_batch": known(lambda: layout.micro_batch),
-        "layout.data_replicate": known(lambda: layout.data_replicate),
-        "layout.data_shard": known(lambda: max(1, layout.data_shard)),
+        "layout.micro_batch": _known(lambda: layout.micro_batch),
+        "layout.data_replicate": _known(lambda: layout.data_replicate),
+        "layout.data_shard": _known(lambda: max(1, layout.data_shard)),
     }
     sizes = {name: size or 1 for name, size in factors.items()}
     unit = math.prod(sizes.values())
@@ -159,21 +160,21 @@ def batch_fills_every_rank(config: Config) -> Iterator[Problem]:
     )
 
 
-def warmup_fits_in_run(config: Config) -> Iterator[Problem]:
+def _warmup_fits_in_run(config: Config) -> Iterator[Problem]:
     warmup, steps = config.lr_schedule.warmup_steps, config.train.steps
     if warmup > steps:
         what = f"{warmup} is more than train.steps = {steps}"
-        yield Problem("lr_schedule.warmup_steps", f"{what}: use {steps} or fewer")
+        yield Problem("lr_schedule.warmup_steps", f"{what}: use {_at_most(steps)}")
 
 
-def decay_steps_need_wsd(config: Config) -> Iterator[Problem]:
+def _decay_steps_need_wsd(config: Config) -> Iterator[Problem]:
     decay, steps = config.lr_schedule.decay, config.lr_schedule.decay_steps
     if steps is not None and decay != "wsd":
         what = f"{steps} is for lr_schedule.decay: wsd, and decay is {decay}"
         yield Problem("lr_schedule.decay_steps", f"{what}: remove it, or use decay: wsd")
 
 
-def decay_fits_after_warmup(config: Config) -> Iterator[Problem]:
+def _decay_fits_after_warmup(config: Config) -> Iterator[Problem]:
     schedule, steps = config.lr_schedule, config.train.steps
     left = steps - schedule.warmup_steps
     wanted = schedule.decay_steps or steps // 10
@@ -183,25 +184,25 @@ def decay_fits_after_warmup(config: Config) -> Iterator[Problem]:
             f"{left} steps left: train.steps {steps} - lr_schedule.warmup_steps "
             f"{schedule.warmup_steps}"
         )
-        advice = f"use {left} or fewer" if left else f"use warmup_steps {max(0, steps - wanted)}"
+        advice = f"use {_at_most(left)}" if left else f"use warmup_steps {max(0, steps - wanted)}"
         yield Problem("lr_schedule.decay_steps", f"{what}: {advice}")
 
 
-def min_lr_is_below_peak(config: Config) -> Iterator[Problem]:
+def _min_lr_is_below_peak(config: Config) -> Iterator[Problem]:
     lowest, peak = config.lr_schedule.min_lr, config.optimizer.lr
     if lowest > peak:
         what = f"{lowest:g} is above the peak, optimizer.lr = {peak:g}"
         yield Problem("lr_schedule.min_lr", f"{what}: use {peak / 10:g}, a tenth of it, or 0")
 
 
-def data_shard_is_not_zero(config: Config) -> Iterator[Problem]:
+def _data_shard_is_not_zero(config: Config) -> Iterator[Problem]:
     if config.layout.data_shard == 0:
         yield Problem(
             "layout.data_shard", "0 ranks hold no model: use 1, or -1 for what is left of the world"
         )
 
 
-def tied_embeddings_stay_together(config: Config) -> Iterator[Problem]:
+def _tied_embeddings_stay_together(config: Config) -> Iterator[Problem]:
     pipeline = config.layout.pipeline
     if config.model.tie_embeddings and pipeline > 1:
         what = f"{pipeline} with model.tie_embeddings: true is not supported yet"
@@ -209,23 +210,23 @@ def tied_embeddings_stay_together(config: Config) -> Iterator[Problem]:
 
 
 RULES: tuple[Callable[[Config], Iterator[Problem]], ...] = (
-    heads_share_kv_heads,
-    head_dim_is_even,
-    tensor_cuts_the_model,
-    stages_have_layers,
-    interleaving_has_virtual_stages,
-    tokens_are_cut_evenly,
-    batch_fills_every_rank,
-    warmup_fits_in_run,
-    decay_steps_need_wsd,
-    decay_fits_after_warmup,
-    min_lr_is_below_peak,
-    data_shard_is_not_zero,
-    tied_embeddings_stay_together,
+    _heads_share_kv_heads,
+    _head_dim_is_even,
+    _tensor_cuts_the_model,
+    _stages_have_layers,
+    _interleaving_has_virtual_stages,
+    _tokens_are_cut_evenly,
+    _batch_fills_every_rank,
+    _warmup_fits_in_run,
+    _decay_steps_need_wsd,
+    _decay_fits_after_warmup,
+    _min_lr_is_below_peak,
+    _data_shard_is_not_zero,
+    _tied_embeddings_stay_together,
 )
 
 
-def known(ask: Callable[..., Any], *arguments: Any) -> Any:
+def _known(ask: Callable[..., Any], *arguments: Any) -> Any:
     """What `ask` returns, or None where it needs a field that could not be read."""
     try:
         return ask(*arguments)

@@ -20,7 +20,7 @@ Text = Annotated[str, Field(min_length=1)]
 
 
 class Section(BaseModel):
-    """A section of the YAML: unknown keys and wrong types are errors, values cannot change later."""
+    """A section of the YAML: unknown keys and wrong types are errors; values cannot change."""
 
     model_config = ConfigDict(
         extra="forbid",
@@ -73,7 +73,9 @@ class ModelConfig(Section):
 
 
 class LayoutConfig(Section):
-    """How many ranks each axis takes. Ranks are ordered [tensor, context, pipeline, data], tensor fastest."""
+    """How many ranks each axis takes, in the order [tensor, context, pipeline, data], tensor
+    fastest.
+    """
 
     tensor: Count = 1
     """Ranks that split each weight matrix; sequence parallelism is always on with it."""
@@ -82,7 +84,8 @@ class LayoutConfig(Section):
     pipeline: Count = 1
     """Ranks that split the layers."""
     data_shard: Annotated[int, Field(ge=-1, le=LARGEST)] = -1
-    """Ranks that shard parameters, gradients and optimizer state (FSDP2); -1 is what is left of the world."""
+    """Ranks that shard parameters, gradients and optimizer state (FSDP2); -1 is what is left of the
+    world."""
     data_replicate: Count = 1
     """Copies of the sharded group (HSDP)."""
     schedule: Literal["gpipe", "1f1b", "interleaved_1f1b"] = "1f1b"
@@ -92,7 +95,8 @@ class LayoutConfig(Section):
     micro_batch: Count = 1
     """Sequences in one forward pass of one data-parallel rank."""
     reshard_after_forward: bool | None = None
-    """Free gathered weights after each block's forward (ZeRO-3). Default: yes without pipeline, no with it."""
+    """Free gathered weights after each block's forward (ZeRO-3). Default: yes without pipeline, no
+    with it."""
 
 
 class SourceConfig(Section):
@@ -218,7 +222,8 @@ class Config(Section):
     """A whole run."""
 
     run: Text = "runs/default"
-    """The run folder: resolved config, metrics, checkpoints. A run resumes from its newest checkpoint."""
+    """The run folder: resolved config, metrics, checkpoints. A run resumes from its newest
+    checkpoint."""
     model: ModelConfig
     layout: LayoutConfig = LayoutConfig()
     data: DataConfig = DataConfig()
@@ -234,7 +239,7 @@ VOCAB_MULTIPLE = 128
 
 
 def vocab_rows(model: ModelConfig) -> int:
-    """Rows of the embedding and the head: `vocab` padded to a multiple that every TP size can cut."""
+    """Rows of the embedding and the head: `vocab` padded to a multiple that TP sizes can cut."""
     return -(-model.vocab // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
 

@@ -61,12 +61,16 @@ def message(error: Mapping[str, Any], path: KeyPath, document: Document) -> str:
     if kind == "extra_forbidden":
         return unknown_key(path)
     if kind == "missing":
-        return missing_key(path, document)
+        return missing_key(path)
     template = EXPECTED.get(kind)
+    if path == ("model",):
+        template = "expected a preset's name or a section"
     if template is None:
         return f"{error['msg']}, got {shown(value)}"
     written = document.values[path].written if path in document.values else ""
-    expected = template.format(**error.get("ctx", {}))
+    bounds = error.get("ctx", {}).items()
+    whole = {k: int(v) if isinstance(v, float) and v.is_integer() else v for k, v in bounds}
+    expected = template.format(**whole)
     return f"{expected}, got {shown(value, written)}{hint(kind, value, path)}"
 
 
@@ -143,7 +147,8 @@ def unknown_key(path: KeyPath) -> str:
     here = dotted(path[:-1]) or "the top level"
     if "." in name and name in known:
         outer, inner = name.split(".", 1)
-        return f"unknown key: dots only work on the command line; here, write `{outer}: {{{inner}: ...}}`"
+        nested = f"`{outer}: {{{inner}: ...}}`"
+        return f"unknown key: dots are for the command line; in a file, write {nested}"
     near = nearest(name, siblings)
     if near and not elsewhere:
         return f"unknown key: did you mean {near[0]!r}?"
@@ -157,7 +162,7 @@ def unknown_key(path: KeyPath) -> str:
     return f"unknown key: {here} has {', '.join(siblings)}"
 
 
-def missing_key(path: KeyPath, document: Document) -> str:
+def missing_key(path: KeyPath) -> str:
     """Says what a required key is for and gives an example line."""
     key = _generic(path)
     example = f"for example `{EXAMPLES[key]}`" if key in EXAMPLES else ""

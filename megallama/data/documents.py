@@ -73,7 +73,7 @@ def read_documents(source: Source) -> Iterator[Document]:
     found = False
     for file in source.files:
         for document in READERS.get(file.suffix.lower(), _read_text)(file, source.key):
-            if True:
+            if document.text:
                 found = True
                 yield document
     if not found:

@@ -31,7 +31,7 @@ class ConsoleSink:
         self._every = every
         self._file = file or sys.stdout
         terminal = self._file.isatty()
-        self._rich = Console(file=self._file, markup=False, highlight=False) if terminal else None
+        self._rich = Console(file=self._file) if terminal else None
         self._progress: Progress | None = None
         self._task = TaskID(0)
         self._refreshed = 0.0

@@ -60,3 +60,10 @@ def synchronize_gradients(stage: Llama, *, last: bool, reshard: bool) -> None:
     stage.set_is_last_backward(last)
     stage.set_requires_gradient_sync(last or reshard)
     stage.set_reshard_after_backward(last or reshard)
+
+
+def free_gathered_weights(stage: Llama) -> None:
+    """Return a stage to its sharded parameters, where no backward did: after evaluation."""
+    for module in stage.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()

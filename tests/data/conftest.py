@@ -5,12 +5,15 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from megallama.config.errors import UserError
 from megallama.config.schema import DataConfig, SourceConfig
+from megallama.data.documents import Source, find_source
 from megallama.data.tokenizer import Tokenizer, load_tokenizer
+from tests.data.shard_checks import TEXTS
 
 NOBODY = 65534
 
@@ -34,13 +37,27 @@ def write_jsonl(tmp_path: Path) -> Callable[..., Path]:
 def config_of(tmp_path: Path) -> Callable[..., DataConfig]:
     """A DataConfig for paths, or (path, weight) pairs, with a cache of its own."""
 
-    def make(*paths: object, **fields: object) -> DataConfig:
+    def make(*paths: object, **fields: Any) -> DataConfig:
         pairs = [path if isinstance(path, tuple) else (path, 1.0) for path in paths]
         sources = [SourceConfig(path=str(path), weight=weight) for path, weight in pairs]
-        fields = {"cache": str(tmp_path / "cache"), "held_out": 0.0, "seq_len": 16} | fields
-        return DataConfig(sources=sources, **fields)
+        defaults: dict[str, Any] = {
+            "cache": str(tmp_path / "cache"),
+            "held_out": 0.0,
+            "seq_len": 16,
+        }
+        return DataConfig(sources=sources, **(defaults | fields))
 
     return make
+
+
+@pytest.fixture
+def source(write_jsonl: Callable[..., Path]) -> Source:
+    return find_source(str(write_jsonl(TEXTS)), "data.sources.0.path")
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Path:
+    return tmp_path / "cache"
 
 
 @contextmanager

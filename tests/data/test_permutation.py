@@ -23,10 +23,14 @@ def test_stays_in_range_and_apart_at_any_size(n: int, key: int, data: st.DataObj
     assert all(0 <= image < n for image in images)
 
 
-@given(parts=st.lists(st.integers(0, 2**200), min_size=1, max_size=4), at=st.integers(0, 3))
-def test_every_part_changes_the_key(parts: list[int], at: int):
+@given(
+    parts=st.lists(st.integers(0, 2**200), min_size=1, max_size=4),
+    at=st.integers(0, 3),
+    bit=st.integers(0, 199),
+)
+def test_every_bit_of_every_part_changes_the_key(parts: list[int], at: int, bit: int):
     other = list(parts)
-    other[at % len(parts)] += 1
+    other[at % len(parts)] ^= 1 << bit
     key = derive_key(*parts)
     assert 0 <= key < 2**64
     assert derive_key(*other) != key

@@ -1,4 +1,5 @@
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ def stream_of(lengths: list[int], first_token: int = 0) -> Split:
     return Split(tokens, ends, text_bytes=0, digest="")
 
 
-def mix(*splits: Split, weights: list[float] | None = None, seq_len: int = 4, **options: object):
+def mix(*splits: Split, weights: list[float] | None = None, seq_len: int = 4, **options: Any):
     options = {"document_mask": True, "seed": 1} | options
     return MixedSamples(splits, weights or [1.0] * len(splits), seq_len=seq_len, **options)
 

@@ -1,10 +1,12 @@
 """What ranks run in these tests. Nothing here imports torch unless the rank needs it."""
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
@@ -20,15 +22,8 @@ class PreemptedError(Exception):
 
 
 def write_environment(folder: Path) -> None:
-    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    names += ("MEGALLAMA_STORE", "OMP_NUM_THREADS", "FROM_TEST", "FROM_PARENT")
-    lines = [f"{name}={os.environ.get(name, '')}" for name in names]
-    lines += [f"group={os.getpgrp() == os.getpid()}", f"main={'pytest' in str(_main_file())}"]
-    (folder / os.environ["RANK"]).write_text("\n".join(lines))
-
-
-def _main_file() -> object:
-    return getattr(sys.modules["__main__"], "__file__", None)
+    seen = dict(os.environ, group=str(os.getpgrp() == os.getpid()))
+    (folder / os.environ["RANK"]).write_text(json.dumps(seen))
 
 
 def write_threads(folder: Path) -> None:
@@ -112,20 +107,22 @@ def _coordinates() -> str:
     return f"tensor {rank % 2} · data {rank // 2}"
 
 
-def _group():
+def _group() -> Callable[[], object]:
     """Join all ranks by what the environment offers; the result is an all-reduce."""
     import torch
     import torch.distributed as dist
 
-    store = os.environ.get("MEGALLAMA_STORE")
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{store}" if store else "env://",
-        rank=int(os.environ["RANK"]),
-        world_size=int(os.environ["WORLD_SIZE"]),
-        timeout=timedelta(seconds=120),
-    )
-    return lambda: dist.all_reduce(torch.ones(1))
+    path = os.environ.get("MEGALLAMA_STORE")
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    meeting = dist.rendezvous(f"file://{path}" if path else "env://", rank, world_size)
+    store, *_ = next(meeting)
+    limit = timedelta(seconds=120)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=limit)
+
+    def all_reduce(kept: object = store) -> None:
+        dist.all_reduce(torch.ones(1))
+
+    return all_reduce
 
 
 def hang_in(rank: int) -> None:

@@ -12,6 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 
+# Has no `if __name__ == "__main__"`: a rank that imported it again would start ranks itself.
 PROGRAM = """
 import sys
 from pathlib import Path
@@ -32,13 +33,17 @@ def start(tmp_path: Path) -> Iterator[Start]:
     running: list[subprocess.Popen] = []
 
     def run(target: str, *args: int, grace_s: float = 30.0, preload: str = "", **options):
-        command = [sys.executable, "-c", PROGRAM, target, str(tmp_path), str(grace_s), preload]
+        program = tmp_path / "program.py"
+        program.write_text(PROGRAM)
+        command = [sys.executable, str(program), target, str(tmp_path), str(grace_s), preload]
         streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
-        environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+        paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+        temporary = os.environ.get("TMPDIR", str(tmp_path))
+        ours = {"PYTHONPATH": os.pathsep.join(paths), "TMPDIR": temporary}
         process = subprocess.Popen(
             [*command, *map(str, args)],
             cwd=ROOT,
-            env=environment,
+            env=os.environ | ours,
             start_new_session=True,
             text=True,
             **streams,
@@ -156,6 +161,14 @@ def test_ignored_signals_stay_ignored(start: Start, tmp_path: Path):
     parent.send_signal(signal.SIGHUP)
     time.sleep(0.3)
     assert parent.poll() is None
+
+
+def test_long_temporary_folder(start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path / ("x" * 100)))
+    Path(os.environ["TMPDIR"]).mkdir()
+    parent = start("say_terminal")
+    _, err = parent.communicate(timeout=20)
+    assert (parent.returncode, err) == (0, "")
 
 
 def test_ranks_write_to_the_parents_terminal(start: Start, tmp_path: Path):

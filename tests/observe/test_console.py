@@ -1,5 +1,6 @@
 import io
 import re
+import sys
 from dataclasses import replace
 
 import pytest
@@ -106,7 +107,8 @@ def test_the_summary_of_a_run_that_failed_and_of_one_without_steps():
 
 def test_a_log_that_cannot_take_every_character_is_still_written():
     raw = io.BytesIO()
-    run(io.TextIOWrapper(raw, encoding="ascii")).close(True)
+    file = io.TextIOWrapper(raw, encoding="ascii")
+    run(file).close(True)
     assert b"TP2 ? PP1 ? DP1" in raw.getvalue()
 
 
@@ -126,8 +128,6 @@ def test_a_terminal_shows_the_same_and_a_bar_in_its_width(width, monkeypatch):
 
 def test_a_terminal_keeps_its_cursor_and_its_standard_output(monkeypatch):
     monkeypatch.setenv("TERM", "xterm-256color")
-    import sys
-
     before = sys.stdout
     file = Terminal()
     sink = run(file)

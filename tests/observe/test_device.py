@@ -1,3 +1,5 @@
+import resource
+
 import pytest
 import torch
 
@@ -13,6 +15,8 @@ def test_cpu_memory_is_the_resident_set():
     block = torch.ones(64 * MIB, dtype=torch.uint8)
     grown = peak_memory_gib(cpu) - before
     assert 0.9 * block.nbytes / 2**30 < grown < 2 * block.nbytes / 2**30
+    most_ever = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / MIB
+    assert 0.2 * most_ever < before + grown <= 1.01 * most_ever
 
 
 def test_cpu_has_a_name():

@@ -95,14 +95,14 @@ def test_a_resumed_run_keeps_its_id_and_a_new_one_gets_its_own(tmp_path):
     assert run_id(tmp_path / "no id yet", resumed=True).startswith("no-id-yet-")
 
 
-def logged(folder):
-    """Every step's values, read back with wandb's own reader."""
-    rows = []
+def inspect(folder):
+    """The records of each offline run, oldest first, read back with wandb's own reader."""
+    runs = []
     for file in sorted(folder.glob("wandb/offline-run-*/*.wandb")):
         command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(file)]
         out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        rows += [json.loads(line) for line in out.splitlines()]
-    return rows
+        runs.append([json.loads(line) for line in out.splitlines()])
+    return runs
 
 
 def test_what_is_logged_offline_can_be_read_back(tmp_path):
@@ -113,8 +113,125 @@ def test_what_is_logged_offline_can_be_read_back(tmp_path):
         sink = WandbSink(find_wandb(config), config, folder, resumed, said.append)
         sink.start(INFO)
         for number in numbers:
-            sink.step(step(number, attempt=int(resumed), mfu=0.1 * number, grad_norm=math.inf))
+            sink.step(step(number, attempt=int(resumed), mfu=0.25 * number, grad_norm=math.inf))
         sink.evaluation(EVAL)
-        sink.close(True)
-    assert [text.partition(";")[0] for text in said] == ["wandb logs offline"] * 2
-    raise SystemExit(logged(folder))
+        sink.close(not resumed)
+    runs = inspect(folder)
+    assert len(runs) == 2
+    chosen = (folder / "wandb_id").read_text().strip()
+    for records, text, attempt, numbers in zip(runs, said, (0, 1), ((1, 2), (2, 3)), strict=True):
+        (run,) = (r["run"] for r in records if r["type"] == "run")
+        assert (run["run_id"], run["project"], run["resume"]) == (chosen, "megallama", True)
+        assert run["display_name"] == "run"
+        assert run["config"]["update"]["train"] == {"steps": 100}
+        assert run["config"]["update"]["run_info"]["layout"] == INFO.layout
+        items = [r["history"]["item"] for r in records if r["type"] == "history"]
+        assert [item["train/step"] for item in items] == [*numbers, EVAL.step]
+        first = items[0]
+        assert (first["train/loss"], first["train/attempt"]) == (6.25, attempt)
+        assert (first["perf/data_wait_frac"], first["perf/mfu"]) == (0.1, 0.25 * numbers[0])
+        assert (first["memory/peak_gib"], first["train/grad_norm"]) == (2.5, "Infinity")
+        assert "perf/mfu_palm" not in first
+        assert items[-1]["eval/loss"] == 5.5
+        (every,) = (r["metric"] for r in records if r.get("metric", {}).get("glob_name") == "*")
+        assert every["step_metric"] == "train/step"
+        (mfu,) = (r["metric"] for r in records if r.get("metric", {}).get("name") == "perf/mfu")
+        assert mfu["summary"] == {"max": True}
+        (end,) = (r["exit"] for r in records if r["type"] == "exit")
+        assert end.get("exit_code", 0) == attempt
+        assert "logs offline;" in text
+        assert str(folder / "wandb" / "offline-run-") in text
+
+
+class FakeRun:
+    def __init__(self, wandb):
+        self.wandb = wandb
+        self.settings = types.SimpleNamespace(sync_dir="offline-run-1")
+        self.url = "https://metrics.example/run"
+
+    def define_metric(self, *args, **kwargs):
+        self.wandb.call("define_metric")
+
+    def log(self, values):
+        self.wandb.call("log")
+
+    def finish(self, exit_code):
+        self.wandb.call("finish")
+
+
+class FakeWandb:
+    """wandb with a failure in one call."""
+
+    def __init__(self, fails_at):
+        self.fails_at, self.calls = fails_at, []
+
+    class Settings:
+        model_fields = ("init_timeout",)
+        base_url, api_key = SERVER, None
+
+        def __init__(self, **values):
+            self.values = values
+
+    def call(self, name):
+        self.calls.append(name)
+        if name == self.fails_at:
+            raise ConnectionResetError("the service is gone")
+
+    def setup(self, settings):
+        self.call("setup")
+        assert settings.values["silent"]
+        return types.SimpleNamespace(settings=settings)
+
+    def init(self, **values):
+        self.call(f"init {values['mode']}")
+        assert values["settings"].values == {"silent": True, "console": "off", "init_timeout": 20}
+        return FakeRun(self)
+
+    def teardown(self):
+        self.call("teardown")
+
+
+def drive(wandb, folder, config_mode="auto"):
+    said = []
+    sink = WandbSink(wandb, WandbConfig(mode=config_mode), folder, False, said.append)
+    sink.start(INFO)
+    sink.step(step(1))
+    sink.step(step(2))
+    sink.evaluation(EVAL)
+    sink.message("hello")
+    sink.close(True)
+    return [text for text in said if "off from here on" in text or "ConnectionReset" in text]
+
+
+@pytest.mark.parametrize("call", ["setup", "init offline", "define_metric", "log", "finish"])
+def test_a_wandb_that_raises_is_reported_once_and_stays_off(call, tmp_path):
+    wandb = FakeWandb(fails_at=call)
+    (said,) = drive(wandb, tmp_path)
+    assert "wandb is off from here on: ConnectionResetError: the service is gone" in said
+    assert wandb.calls[-2:] == [call, "teardown"]
+    assert wandb.calls.count(call) == 1
+
+
+def test_a_wandb_that_works_is_silent_but_for_where_it_logs(tmp_path):
+    wandb = FakeWandb(fails_at=None)
+    assert drive(wandb, tmp_path) == []
+    assert [name for name in wandb.calls if name != "define_metric"] == [
+        *("setup", "init offline", "log", "log", "log", "finish")
+    ]
+
+
+def test_online_that_fails_goes_on_offline(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    wandb = FakeWandb(fails_at="init online")
+    (said,) = drive(wandb, tmp_path)
+    assert "logs offline: ConnectionResetError: the service is gone; upload: wandb sync" in said
+    assert wandb.calls[:4] == ["setup", "init online", "teardown", "init offline"]
+    assert wandb.calls[-1] == "finish"
+
+
+def test_online_without_a_key_says_what_is_missing(tmp_path):
+    said = []
+    wandb = FakeWandb(fails_at=None)
+    WandbSink(wandb, WandbConfig(mode="online"), tmp_path, False, said.append).start(INFO)
+    assert "no API key" in said[0]
+    assert "wandb login" in said[0]

@@ -1,0 +1,93 @@
+"""Everything a user can get wrong, found before any process group starts."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from megallama.config.errors import Problem, UserError
+from megallama.config.schema import Config
+from megallama.config.rules import resolve_world
+from megallama.data.dataset import Dataset, prepare
+from megallama.train.identity import identity_problems
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run that may start."""
+
+    config: Config
+    """With the world filled in."""
+    dataset: Dataset
+
+
+def prepare_run(config: Config, world_size: int) -> Prepared:
+    """Check a run against this version, this machine and its data.
+
+    Raises:
+        UserError: with every problem found.
+    """
+    config = resolve_world(config, world_size)
+    problems = [*_not_yet(config), *_device_problems(), *_folder_problems(Path(config.run))]
+    if problems:
+        raise UserError(problems)
+    dataset = prepare(config.data, config.train.seed, config.model.vocab)
+    if problems := identity_problems(config, dataset):
+        raise UserError(problems)
+    return Prepared(config, dataset)
+
+
+def _not_yet(config: Config) -> list[Problem]:
+    layout = config.layout
+    problems = []
+    if layout.context > 1:
+        problems.append(
+            Problem(
+                "layout.context",
+                f"{layout.context}: this version checks and plans context parallelism but does not "
+                "train with it yet: set it to 1",
+            )
+        )
+    if layout.schedule == "interleaved_1f1b":
+        problems.append(
+            Problem(
+                "layout.schedule",
+                "interleaved_1f1b: this version does not run it yet: use 1f1b or gpipe with "
+                "virtual_stages: 1",
+            )
+        )
+    return problems
+
+
+def _device_problems() -> list[Problem]:
+    problems = []
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if torch.cuda.is_available() and local > torch.cuda.device_count():
+        problems.append(
+            Problem(
+                "layout",
+                f"{local} processes on this machine, which has {torch.cuda.device_count()} GPUs: "
+                "start one process for each GPU, or set CUDA_VISIBLE_DEVICES= to train on CPU",
+            )
+        )
+    return problems
+
+
+def _folder_problems(run: Path) -> list[Problem]:
+    """The run folder is made, and a file written to it and removed."""
+    probe = run / f".write-test-{os.getpid()}"
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        reason = error.strerror or str(error)
+        return [
+            Problem(
+                "run",
+                f"{str(run)!r} cannot be written ({reason}): "
+                "name a folder you may write, such as runs/mine",
+            )
+        ]
+    return []

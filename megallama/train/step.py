@@ -1,0 +1,142 @@
+"""One optimizer step, and one evaluation, on one rank."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.optim import AdamW
+
+from megallama.config.schema import Config
+from megallama.data.batch import Batch
+from megallama.mesh import ProcessGroupManager
+from megallama.model.attention import plan_attention
+from megallama.model.seams import IGNORED_LABEL
+from megallama.observe.mfu import attended_pairs
+from megallama.parallel.collectives import sum_over, sum_over_world
+from megallama.parallel.data import MASTER_DTYPE, free_gathered_weights
+from megallama.parallel.pipeline.runtime import MicroBatch, PipelineStage, execute
+from megallama.parallel.pipeline.schedule import actions
+from megallama.train.optimizer import (
+    clip,
+    local_gradients,
+    set_learning_rate,
+    squared_norm_share,
+)
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """What a rank trains with."""
+
+    config: Config
+    groups: ProcessGroupManager
+    stage: PipelineStage
+    optimizer: AdamW
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Numbers of the global batch, the same on every rank."""
+
+    loss: float
+    """Nats per valid token."""
+    grad_norm: float
+    """Before clipping."""
+    valid_tokens: int
+    attended_pairs: int
+    """Query-key pairs that attention computed, for counting FLOPs."""
+    stop_requested: bool
+    """Some rank was asked to stop; all learn of it in the same step."""
+
+
+class Diverged(Exception):  # noqa: N818 - it says what happened
+    """Loss or gradient is no longer a number."""
+
+    exit_code = 3
+
+
+def train_step(
+    trainer: Trainer, batches: Sequence[Batch], lr: float, *, stop: bool = False
+) -> StepResult:
+    """Forward, backward, reduce, clip, update.
+
+    Args:
+        trainer: of this rank.
+        batches: the micro-batches this rank reads in this step.
+        lr: learning rate of the step.
+        stop: this rank was asked to stop.
+
+    The loss is the sum of token losses over the valid tokens of the global batch, whatever the
+    layout and the number of micro-batches: each token is divided by that number before backward, and
+    every reduction is a sum.
+
+    Raises:
+        Diverged: loss or grad norm is not finite.
+    """
+    config, groups, stage = trainer.config, trainer.groups, trainer.stage
+    loss_share, counts = _run(trainer, batches, config.layout.schedule)
+    gradients = local_gradients(stage.module)
+    squares = squared_norm_share(gradients, groups, config.model.kv_heads)
+    asked = torch.full_like(loss_share, float(stop))
+    loss, squared_norm, asked = sum_over_world(torch.stack([loss_share, squares, asked]))
+    grad_norm = squared_norm.sqrt()
+    if config.train.grad_clip > 0:
+        clip(gradients, grad_norm, config.train.grad_clip)
+    set_learning_rate(trainer.optimizer, lr)
+    trainer.optimizer.step()
+    trainer.optimizer.zero_grad()
+    valid, pairs = counts.tolist()
+    result = StepResult(loss.item(), grad_norm.item(), valid, pairs, bool(asked))
+    if not (torch.isfinite(loss) and torch.isfinite(grad_norm)):
+        raise Diverged(f"loss {result.loss}, grad norm {result.grad_norm}: training has diverged")
+    return result
+
+
+def evaluate(trainer: Trainer, steps: Sequence[Sequence[Batch]]) -> tuple[float, int]:
+    """Mean loss over the valid tokens of several global batches, and their number."""
+    total, valid = 0.0, 0
+    for batches in steps:
+        loss_share, counts = _run(trainer, batches, "forward_only")
+        tokens = int(counts[0])
+        total += sum_over_world(loss_share).item() * tokens
+        valid += tokens
+    free_gathered_weights(trainer.stage.module)
+    return total / max(1, valid), valid
+
+
+def _run(trainer: Trainer, batches: Sequence[Batch], schedule: str) -> tuple[Tensor, Tensor]:
+    """Execute a schedule.
+
+    Returns:
+        This rank's share of the loss (the shares of all ranks add up), and `[valid tokens, attended
+        pairs]` of the global batch.
+    """
+    stage, groups = trainer.stage, trainer.groups
+    micro_batches = [_to_device(batch, trainer) for batch in batches]
+    counts = sum_over(_counts(batches).to(stage.device), groups.data.group)
+    dtype = MASTER_DTYPE[trainer.config.train.precision]
+    loss_scale = 1 / counts[0].clamp(min=1).to(dtype)
+    todo = actions(schedule, stage.index, stage.stages, len(micro_batches))
+    loss = execute(todo, stage, micro_batches, groups, loss_scale)
+    return (loss if groups.tensor.rank == 0 else torch.zeros_like(loss)), counts
+
+
+def _to_device(batch: Batch, trainer: Trainer) -> MicroBatch:
+    device, config = trainer.stage.device, trainer.config
+    return MicroBatch(
+        tokens=batch.tokens.to(device, non_blocking=True),
+        labels=batch.labels.to(device, non_blocking=True),
+        plan=plan_attention(
+            config.model,
+            batch.position_ids.to(device, non_blocking=True),
+            batch.cu_seqlens,
+            dtype=trainer.stage.message_dtype,
+        ),
+    )
+
+
+def _counts(batches: Sequence[Batch]) -> Tensor:
+    valid = sum(int((batch.labels != IGNORED_LABEL).sum()) for batch in batches)
+    pairs = sum(attended_pairs(batch.cu_seqlens) for batch in batches)
+    return torch.tensor([valid, pairs])
