@@ -174,12 +174,15 @@ def _user_error(error: UserError, *, speak: bool) -> int:
 def _verify(options: argparse.Namespace) -> int:
     from megallama.config.load import load_config
     from megallama.verify.report import print_report, to_json
-    from megallama.verify.run import verify
+    from megallama.verify.run import VerificationFailed, verify
 
     config = load_config(options.config, options.overrides)
-    report = verify(
-        config, dtype=options.dtype, steps=options.steps, max_processes=options.processes
-    )
+    try:
+        report = verify(
+            config, dtype=options.dtype, steps=options.steps, max_processes=options.processes
+        )
+    except VerificationFailed as failed:
+        return failed.exit_code
     if options.json:
         print(json.dumps(to_json(report), indent=1))
     else:

@@ -83,8 +83,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor:
 
 
 def _causal_rows(q: Tensor, k: Tensor, v: Tensor, rows: int) -> Tensor:
-    by_row = [x.unflatten(0, (rows, -1)).transpose(1, 2) for x in (q, k, v)]
-    out = F.scaled_dot_product_attention(*by_row, is_causal=True, enable_gqa=True)
+    q, k, v = (x.unflatten(0, (rows, -1)).transpose(1, 2) for x in (q, k, v))
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     return out.transpose(1, 2).flatten(0, 1)
 
 

@@ -190,11 +190,9 @@ def _as_dtensor(
 ) -> torch.nn.Parameter:
     size = groups.tensor.size
     dim = placement(name, kv_heads=kv_heads, tensor=size).shard_dim
-    if dim is None:
-        data, layout = parameter.detach(), Replicate()
-    else:
-        length = parameter.shape[dim] // size
-        data = parameter.detach().narrow(dim, 0, length).contiguous()
-        layout = Shard(dim)
+    data = parameter.detach()
+    if dim is not None:
+        data = data.narrow(dim, 0, parameter.shape[dim] // size).contiguous()
+    layout = Replicate() if dim is None else Shard(dim)
     dtensor = DTensor.from_local(data, groups.tensor_mesh, [layout], run_check=False)
     return torch.nn.Parameter(dtensor)

@@ -29,7 +29,7 @@ def prepare_run(config: Config, world_size: int) -> Prepared:
         UserError: with every problem found.
     """
     config = resolve_world(config, world_size)
-    problems = [*_not_yet(config), *_device_problems(), *_folder_problems(Path(config.run))]
+    problems = [*not_yet(config), *_device_problems(), *_folder_problems(Path(config.run))]
     if problems:
         raise UserError(problems)
     dataset = prepare(config.data, config.train.seed, config.model.vocab)
@@ -38,7 +38,8 @@ def prepare_run(config: Config, world_size: int) -> Prepared:
     return Prepared(config, dataset)
 
 
-def _not_yet(config: Config) -> list[Problem]:
+def not_yet(config: Config) -> list[Problem]:
+    """Parts of a config that this version checks but does not run."""
     layout = config.layout
     problems = []
     if layout.context > 1:

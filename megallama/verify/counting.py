@@ -1,0 +1,80 @@
+"""Counts the collectives and messages of a step as they reach torch.distributed.
+
+It sees all of them, FSDP's and DTensor's as well as ours.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from megallama.mesh import ProcessGroupManager
+
+KINDS = {
+    "all_gather_into_tensor": "all-gather",
+    "_allgather_base_": "all-gather",
+    "reduce_scatter_tensor": "reduce-scatter",
+    "_reduce_scatter_base_": "reduce-scatter",
+    "all_reduce": "all-reduce",
+    "allreduce_": "all-reduce",
+    "send": "message",
+}
+NOT_COUNTED = ("wait_tensor", "recv_", "_wrap_tensor_autograd")
+
+
+class CommunicationCounter(TorchDispatchMode):
+    """Within it, `calls[axis, kind]` and `bytes[axis, kind]` grow with every call of this rank.
+
+    Bytes are those of the whole buffer: what an all-gather yields, a reduce-scatter takes, an
+    all-reduce reduces, or a message carries. Messages are counted where they are sent.
+    """
+
+    def __init__(self, groups: ProcessGroupManager) -> None:
+        super().__init__()
+        self.calls: Counter[tuple[str, str]] = Counter()
+        self.bytes: Counter[tuple[str, str]] = Counter()
+        self._axes = dict(_axis_names(groups))
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func.namespace in ("c10d", "_c10d_functional"):
+            self._count(func.overloadpacket.__name__, args, out)
+        return out
+
+    def _count(self, operation: str, args: Any, out: Any) -> None:
+        if operation in NOT_COUNTED:
+            return
+        axis = self._axes.get(_group_name(args), "other")
+        key = (axis, KINDS.get(operation, operation))
+        tensors = [leaf for leaf in tree_leaves((args, out)) if isinstance(leaf, Tensor)]
+        self.calls[key] += 1
+        self.bytes[key] += max((t.numel() * t.element_size() for t in tensors), default=0)
+
+
+def _axis_names(groups: ProcessGroupManager) -> Iterator[tuple[str, str]]:
+    """Names of process groups to axes; where groups coincide, the later one stands."""
+    yield groups.data.group.group_name, "data"
+    sharding = groups.fsdp_mesh.ndim - 1
+    if sharding:
+        yield groups.fsdp_mesh.get_group(0).group_name, "data_replicate"
+    yield groups.fsdp_mesh.get_group(sharding).group_name, "data_shard"
+    yield groups.tensor.group.group_name, "tensor"
+    yield groups.pipeline.group.group_name, "pipeline"
+    yield groups.pipeline_gradients.group_name, "pipeline"
+    yield dist.group.WORLD.group_name, "world"  # type: ignore[union-attr]
+
+
+def _group_name(args: Any) -> str:
+    for leaf in tree_leaves(args):
+        if isinstance(leaf, torch.ScriptObject):
+            try:
+                return dist.ProcessGroup.unbox(leaf).group_name
+            except RuntimeError:  # a ReduceOp is one as well
+                continue
+    names = [leaf for leaf in tree_leaves(args) if isinstance(leaf, str)]
+    return names[-1] if names else ""

@@ -1,0 +1,107 @@
+"""Runs both sides of a verification and compares them."""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megallama.config.errors import UserError
+from megallama.config.schema import Config
+from megallama.mesh import AXES
+from megallama.train.preflight import not_yet
+from megallama.verify.compare import Report, compare
+from megallama.verify.shrink import shrink, world_size
+from megallama_launch.local import run_local
+
+LAYOUT_TARGET = "megallama.verify.layout:run"
+REFERENCE_TARGET = "megallama.verify.reference:run"
+ON_CPU = {"CUDA_VISIBLE_DEVICES": ""}
+TIMEOUT_S = 600.0
+
+
+class VerificationFailed(Exception):  # noqa: N818 - it says what happened
+    """A side of the verification did not finish; what went wrong has been shown."""
+
+    exit_code = 1
+
+
+def verify(
+    config: Config,
+    *,
+    dtype: str,
+    steps: int,
+    max_processes: int,
+    layout_target: str = LAYOUT_TARGET,
+) -> Report:
+    """Train a shrunk twin of the config on its layout and in one process; compare.
+
+    Args:
+        config: any run.
+        dtype: `float64`, `float32` or `bf16`.
+        steps: optimizer steps.
+        max_processes: the layout is shrunk to at most so many.
+        layout_target: "module:function" that each rank runs; tests plant faults there.
+
+    Raises:
+        UserError: the config cannot be verified.
+        VerificationFailed: a rank failed; its error has been shown.
+    """
+    if steps < 1:
+        raise UserError.one("--steps", f"{steps}: give at least 1")
+    if max_processes < 1:
+        raise UserError.one("--processes", f"{max_processes}: give at least 1")
+    if problems := not_yet(config):
+        raise UserError(problems)
+    twin = shrink(config, dtype=dtype, steps=steps, max_processes=max_processes)
+    plain = twin.model_dump()
+    processes = world_size(twin.layout)
+    counts = micro_batch_counts(twin, dtype)
+    with tempfile.TemporaryDirectory(prefix="megallama-verify-") as folder:
+        _run_side(layout_target, processes, (plain, folder))
+        _run_side(REFERENCE_TARGET, 1, (plain, counts, folder))
+        ranks = [_read(folder, f"rank-{rank}.pt") for rank in range(processes)]
+        references = [_read(folder, f"reference-{count}.pt") for count in counts]
+    return Report(
+        layout=layout_text(twin),
+        model=model_text(twin),
+        dtype=dtype,
+        processes=processes,
+        **compare(ranks, references, dtype),
+    )
+
+
+def micro_batch_counts(config: Config, dtype: str) -> list[int]:
+    """Numbers of micro-batches of the one-process runs; only rounding makes the others necessary."""
+    samples = config.train.global_batch_tokens // config.data.seq_len
+    if dtype == "float64":
+        return [1]
+    return sorted({1, 2, max(2, samples // 2), samples})
+
+
+def layout_text(config: Config) -> str:
+    """The axes that have more than one rank, and the schedule."""
+    axes = [f"{a} {n}" for a in reversed(AXES) if (n := getattr(config.layout, a)) > 1]
+    schedule = f", {config.layout.schedule}" if config.layout.pipeline > 1 else ""
+    return (" x ".join(axes) or "one rank") + schedule
+
+
+def model_text(config: Config) -> str:
+    """The shrunk model in a line."""
+    model = config.model
+    return (
+        f"{model.layers} layers of {model.hidden}, {model.heads} query and {model.kv_heads} "
+        f"key/value heads, ffn {model.ffn}, vocabulary {model.vocab}, sequences of "
+        f"{config.data.seq_len}, {config.train.global_batch_tokens} tokens a step"
+    )
+
+
+def _run_side(target: str, processes: int, args: tuple[Any, ...]) -> None:
+    outcome = run_local(target, processes, args, threads=1, env=ON_CPU, timeout_s=TIMEOUT_S)
+    if outcome.exit_code:
+        raise VerificationFailed(target)
+
+
+def _read(folder: str, name: str) -> dict[str, Any]:
+    content: dict[str, Any] = torch.load(Path(folder) / name)
+    return content

@@ -1,0 +1,42 @@
+"""A fault in a production line must not pass: otherwise a green check means nothing."""
+
+from __future__ import annotations
+
+import pytest
+
+from megallama.verify.run import VerificationFailed, verify
+
+FAULTS = {
+    "clones_across_tensor_ranks": {"tensor": 2},
+    "norm_weights_not_reduced": {"tensor": 2},
+    "mean_of_means": {"data_shard": 2},
+    "mean_of_micro_batch_means": {"pipeline": 2},
+    "gradient_scaled_by_data_parallel_size": {"data_shard": 2},
+    "stage_skips_a_layer": {"pipeline": 2},
+    "step_before_the_last_micro_batch": {"data_shard": 2},
+    "replicated_kv_heads_not_summed": {"tensor": 4},
+    "norm_counted_on_every_tensor_rank": {"tensor": 2},
+    "labels_of_padding_counted": {"tensor": 2},
+}
+SHAPES = {
+    "replicated_kv_heads_not_summed": {"kv_heads": 2},
+    "labels_of_padding_counted": {"vocab": 500},
+}
+
+
+@pytest.mark.parametrize("dtype", ["float64", pytest.param("float32", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_is_caught(fault, dtype, config_for, monkeypatch):
+    monkeypatch.setenv("PLANTED_FAULT", fault)
+    config = config_for(model=SHAPES.get(fault), layout=FAULTS[fault])
+    target = "tests.verify.faults:run_from_environment"
+    try:
+        report = verify(config, dtype=dtype, steps=3, max_processes=8, layout_target=target)
+    except VerificationFailed:
+        pytest.fail("the fault broke the run instead of its numbers")
+    assert not report.passed
+
+
+def test_nothing_planted_passes(config_for):
+    config = config_for(layout={"tensor": 2, "pipeline": 2})
+    assert verify(config, dtype="float64", steps=3, max_processes=8).passed
