@@ -28,7 +28,7 @@ INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check \
 	$(addprefix --extra-index-url ,$(TORCH_INDEX)) $(PIP_ARGS)
 
 help:
-	@sed -n 's/^# \{0,1\}//p;/^$$/q' Makefile
+	@awk '!/^#/ { exit } { sub(/^# ?/, ""); print }' Makefile
 
 quickstart: $(VENV)/.installed
 	$(BIN)/megallama train quickstart $(ARGS)

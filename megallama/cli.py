@@ -1,4 +1,4 @@
-"""The command line. Each command imports what it needs when it runs, so that `--help` is instant."""
+"""The command line. Each command imports what it needs when it runs: `--help` is instant."""
 
 import argparse
 import json
@@ -10,7 +10,9 @@ from typing import Any
 from megallama import __version__
 from megallama.config.errors import UserError
 
-EXIT_CODES = "exit codes: 0 done, 1 crashed, 2 you must fix something, 3 diverged, 4 preempted, state saved"
+EXIT_CODES = (
+    "exit codes: 0 done, 1 crashed, 2 you must fix something, 3 diverged, 4 preempted, state saved"
+)
 
 _TRAIN = """\
 Train a model. The same command and YAML work in three settings:
@@ -67,7 +69,9 @@ def _add_command(commands: Any, name: str, summary: str, text: str, run: Any) ->
 
 
 def _add_source(command: Any) -> None:
-    command.add_argument("config", metavar="CONFIG", help="a YAML file, or the name of a shipped run")
+    command.add_argument(
+        "config", metavar="CONFIG", help="a YAML file, or the name of a shipped run"
+    )
     command.add_argument(
         "overrides", metavar="KEY=VALUE", nargs="*", help="such as train.steps=20 layout.tensor=4"
     )
@@ -78,14 +82,22 @@ def _add_train(commands: Any) -> None:
 
 
 def _add_verify(commands: Any) -> None:
-    command = _add_command(commands, "verify", "prove that a layout computes it right", _VERIFY, _verify)
+    command = _add_command(
+        commands, "verify", "prove that a layout computes it right", _VERIFY, _verify
+    )
     _add_source(command)
     command.add_argument(
-        "--dtype", choices=("float64", "float32", "bf16"), default="float64", help="default: float64"
+        "--dtype",
+        choices=("float64", "float32", "bf16"),
+        default="float64",
+        help="default: float64",
     )
     command.add_argument("--steps", type=int, default=20, help="optimizer steps; default: 20")
     command.add_argument(
-        "--processes", type=int, default=16, help="shrink the layout to at most so many; default: 16"
+        "--processes",
+        type=int,
+        default=16,
+        help="shrink the layout to at most so many; default: 16",
     )
     command.add_argument("--json", action="store_true", help="print the report as JSON")
 
@@ -124,10 +136,10 @@ def _train(options: argparse.Namespace) -> int:
 
 def _train_alone(config: Any) -> int:
     import torch
+    from megallama_launch.local import run_local
 
     from megallama.config.rules import required_processes
     from megallama.train.preflight import prepare_run
-    from megallama_launch.local import run_local
 
     devices = torch.cuda.device_count()
     world_size = required_processes(config, devices)
@@ -146,13 +158,15 @@ def train_rank(plain: dict[str, Any]) -> int:
 
     Args:
         plain: a `Config` as plain data.
+
     """
+    from megallama_launch.failure import guard
+
     from megallama.config.schema import Config
     from megallama.mesh import coordinates_of, coordinates_text
     from megallama.train.environment import find_place, set_rendezvous
     from megallama.train.loop import train
     from megallama.train.preflight import prepare_run
-    from megallama_launch.failure import guard
 
     place = find_place(os.environ)
     assert place is not None, "started without a rank"
@@ -220,5 +234,5 @@ def _config_list(_options: argparse.Namespace) -> int:
     from megallama.config.shipped import names
 
     for shelf in ("runs", "models"):
-        print(f"{shelf}: {', '.join(names(shelf))}")  # type: ignore[arg-type]
+        print(f"{shelf}: {', '.join(names(shelf))}")
     return 0

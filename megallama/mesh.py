@@ -80,6 +80,7 @@ def build_process_groups(layout: LayoutConfig, device_type: str) -> ProcessGroup
     Args:
         layout: with `data_shard` resolved; its product is the world size.
         device_type: `cuda` or `cpu`.
+
     """
     sizes = axis_sizes(layout)
     mesh = init_device_mesh(device_type, tuple(sizes.values()), mesh_dim_names=AXES)

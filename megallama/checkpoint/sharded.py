@@ -42,6 +42,7 @@ def save(
 
     Returns:
         The committed folder.
+
     """
     step = about["step"]
     partial = partial_folder(root, step)

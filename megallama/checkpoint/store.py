@@ -86,6 +86,7 @@ def read_manifest(folder: Path) -> Manifest:
 
     Raises:
         ValueError: it is missing, torn, or of another format; the message says which.
+
     """
     try:
         raw = json.loads((folder / MANIFEST).read_text())
@@ -105,6 +106,7 @@ def verify_files(folder: Path, files: Mapping[str, FileDigest]) -> None:
 
     Raises:
         ValueError: a file is missing or its content is not what was written.
+
     """
     for name, expected in files.items():
         path = folder / name

@@ -7,6 +7,7 @@ FlexAttention on a GPU, and document by document on CPU.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -48,8 +49,9 @@ def plan_attention(
         position_ids: `[T]` on the device that computes.
         cu_seqlens: document borders 0 … T, on the host.
         dtype: of activations; the rotary table takes it or float32, whichever is wider.
+
     """
-    lengths = {stop - start for start, stop in zip(cu_seqlens, cu_seqlens[1:], strict=False)}
+    lengths = {stop - start for start, stop in pairwise(cu_seqlens)}
     dense = len(lengths) == 1
     table_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     cos, sin = rotary_table(config, position_ids, table_dtype)
@@ -74,6 +76,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor:
 
     Returns:
         `[T, Hq, head_dim]`.
+
     """
     if plan.dense_rows is not None:
         return _causal_rows(q, k, v, plan.dense_rows)
@@ -90,7 +93,7 @@ def _causal_rows(q: Tensor, k: Tensor, v: Tensor, rows: int) -> Tensor:
 
 @torch.compiler.disable  # borders differ from batch to batch: tracing them would recompile each time
 def _document_by_document(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: tuple[int, ...]) -> Tensor:
-    sizes = [stop - start for start, stop in zip(cu_seqlens, cu_seqlens[1:], strict=False)]
+    sizes = [stop - start for start, stop in pairwise(cu_seqlens)]
     documents = zip(q.split(sizes), k.split(sizes), v.split(sizes), strict=True)
     return torch.cat([_causal_rows(*document, rows=1) for document in documents])
 

@@ -34,6 +34,7 @@ def initial_rows(
         rows: which rows are wanted.
         config: shape of the model.
         seed: of the run.
+
     """
     leaf = name.rsplit(".", 1)[-1]
     if leaf in _NORMS:

@@ -43,7 +43,7 @@ class Embedding(nn.Module):
 
 
 class Block(nn.Module):
-    """One transformer block: pre-norm attention and SwiGLU (Shazeer 2020), each added to the stream."""
+    """A transformer block: pre-norm attention and SwiGLU (Shazeer 2020) on the stream."""
 
     def __init__(self, config: ModelConfig, seams: Seams) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ class Block(nn.Module):
         self.seams, self.head_dim, self.eps = seams, K, config.norm_eps
         self.attn_norm = nn.Parameter(torch.empty(d))
         self.wq = nn.Parameter(torch.empty(config.heads * K, d))
-        # [Hkv, 2, K, d] with the leading dimensions folded: FSDP cuts rows, and Hkv alone is too few.
+        # [Hkv, 2, K, d] with its leading dimensions folded: FSDP cuts rows, and Hkv are too few.
         self.wkv = nn.Parameter(torch.empty(config.kv_heads * 2 * K, d))
         self.wo = nn.Parameter(torch.empty(d, config.heads * K))
         self.ffn_norm = nn.Parameter(torch.empty(d))
@@ -97,7 +97,7 @@ class Head(nn.Module):
         self.weight = tied_to.weight if tied_to else nn.Parameter(torch.empty(rows, config.hidden))
 
     def forward(self, x: Tensor, labels: Tensor | None) -> Tensor:
-        """`x [T, d]` and `labels [T]` -> per-token loss `[T]`; without labels, logits `[T, vocab]`."""
+        """`x [T, d]`, `labels [T]` -> per-token loss `[T]`; without labels, logits `[T, vocab]`."""
         normed = rms_norm(x, self.seams.local("head.norm", self.norm), self.eps)
         (logits,) = self.seams.enter(normed, self.seams.local("head.weight", self.weight))
         if labels is None:
@@ -116,6 +116,7 @@ class Llama(nn.Module):
         layers: the blocks this stage holds; all by default.
         first: holds the embedding.
         last: holds the final norm and the head.
+
     """
 
     def __init__(
@@ -146,6 +147,7 @@ class Llama(nn.Module):
         Returns:
             The stream `[T, d]`; on the last stage per-token losses `[T]`, or logits `[T, vocab]`
             if there are no labels.
+
         """
         if self.embed is not None:
             x = self.embed(x)

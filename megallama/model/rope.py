@@ -31,7 +31,9 @@ def _scaled(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
     return keep * frequencies + (1 - keep) * frequencies / scaling.factor
 
 
-def rotary_table(config: ModelConfig, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def rotary_table(
+    config: ModelConfig, position_ids: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     """Cosine and sine for each token, `[T, 1, head_dim/2]` each, on the positions' device.
 
     Angles are taken in float64: in float32 they are off by 8e-3 rad at position 131,072.

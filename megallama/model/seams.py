@@ -1,8 +1,8 @@
 """Where parallelism meets the model: five callables whose defaults do nothing but the arithmetic.
 
 The model calls these and knows no more. `megallama.parallel` supplies versions that communicate.
-Letters: T tokens of one rank's micro-batch, d hidden, F ffn, V padded vocabulary, H heads, K head_dim;
-`t` tensor-parallel ranks.
+Letters: T tokens of one rank's micro-batch, d hidden, F ffn, V padded vocabulary, H heads,
+K head_dim; `t` tensor-parallel ranks.
 """
 
 from collections.abc import Callable
@@ -34,6 +34,7 @@ def cross_entropy(logits: Tensor, labels: Tensor, vocab: int) -> Tensor:
         logits: `[T, V]`; columns from `vocab` on are padding and take no part.
         labels: `[T]` int64, `IGNORED_LABEL` where no loss is taken.
         vocab: tokens that exist.
+
     """
     real = at_least_float32(logits[:, :vocab])
     return F.cross_entropy(real, labels, ignore_index=IGNORED_LABEL, reduction="none")
@@ -44,7 +45,7 @@ class Seams:
     """The places where a rank's work differs from a single device's."""
 
     local: Callable[[str, Tensor], Tensor] = as_it_is
-    """`(name, parameter)` -> the part of it this rank computes with; `name` as in `placements.py`."""
+    """`(name, parameter)` -> the part this rank computes with; names as in `placements.py`."""
     enter: Callable[..., tuple[Tensor, ...]] = project
     """`(x [T/t, d], *weights)` -> projections of all T tokens onto this rank's features."""
     leave: Callable[[Tensor, Tensor], Tensor] = F.linear

@@ -17,15 +17,14 @@ from megallama.parallel.recompute import wrap_block
 from megallama.parallel.tensor import shard_over_tensor, tensor_seams
 
 
-def build_stage(
-    config: Config, groups: ProcessGroupManager, device: torch.device
-) -> PipelineStage:
+def build_stage(config: Config, groups: ProcessGroupManager, device: torch.device) -> PipelineStage:
     """This rank's part of the model, sharded, initialised, ready to train.
 
     Args:
         config: with `layout.data_shard` resolved.
         groups: of this rank.
         device: where parameters live.
+
     """
     model, layout, precision = config.model, config.layout, config.train.precision
     index, stages = groups.pipeline.rank, groups.pipeline.size

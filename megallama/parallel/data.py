@@ -25,6 +25,7 @@ def shard_over_data(
         mesh: 1-D (FSDP) or 2-D (replicate x shard).
         precision: `bf16` gathers and computes in bf16 and accumulates and reduces in fp32.
         reshard_after_forward: free each block's gathered weights until backward (ZeRO-3).
+
     """
     policy = (
         MixedPrecisionPolicy(
@@ -34,9 +35,7 @@ def shard_over_data(
         else MixedPrecisionPolicy(cast_forward_inputs=False)
     )
     for block in stage.layers.values():
-        fully_shard(
-            block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward
-        )
+        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
     tied = stage.embed is not None and stage.head is not None
     tied = tied and stage.embed.weight is stage.head.weight  # type: ignore[union-attr]
     for end in (stage.embed, stage.head):

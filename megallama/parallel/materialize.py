@@ -39,6 +39,7 @@ def held_region(
         config: shape of the model.
         tensor: this rank's place on the tensor axis.
         sharding: (rank, size) among the ranks FSDP shards over.
+
     """
     dim = placement(name, kv_heads=config.kv_heads, tensor=tensor.size).shard_dim
     rows = shard_range(shape[0], tensor.rank, tensor.size) if dim == 0 else range(shape[0])

@@ -48,6 +48,7 @@ def placement(name: str, *, kv_heads: int, tensor: int) -> Placement:
 
     Raises:
         KeyError: the name is not a parameter of the model.
+
     """
     key = table_name(name)
     if key == "wkv" and kv_heads < tensor:
@@ -57,6 +58,7 @@ def placement(name: str, *, kv_heads: int, tensor: int) -> Placement:
 
 def shard_range(length: int, rank: int, size: int) -> range:
     """Rows of `length` that rank `rank` of `size` holds: equal pieces of ceil(length/size), the last
-    ones shorter or empty (torch.chunk, FSDP2 and DTensor agree on it)."""
+    ones shorter or empty (torch.chunk, FSDP2 and DTensor agree on it).
+    """
     piece = -(-length // size)
     return range(min(length, rank * piece), min(length, (rank + 1) * piece))

@@ -28,9 +28,9 @@ EXPENSIVE = frozenset(
         torch.ops.higher_order.flex_attention,
     }
 )
-"""Operations whose results selective checkpointing keeps: matrix products and attention. Collectives
-are recomputed, and must be functional ones: keeping the result of an in-place one is wrong in
-silence."""
+"""Operations whose results selective checkpointing keeps: matrix products and attention.
+Collectives are recomputed, and must be functional ones: keeping the result of an in-place one is
+wrong in silence."""
 
 
 def wrap_block(block: Block, *, activation_checkpointing: str, compile_block: bool) -> None:

@@ -1,12 +1,14 @@
 """Tensor parallelism with sequence parallelism (Shoeybi et al. 2019; Korthikanti et al. 2022).
 
-Between attention and feed-forward each rank holds `[T/t, d]`, a slice of the tokens. `enter` gathers
-the tokens and projects them onto this rank's features; `leave` projects back and scatters the sum.
+Between attention and feed-forward each rank holds `[T/t, d]`, a slice of the tokens. `enter`
+gathers the tokens and projects them onto this rank's features; `leave` projects back and scatters
+the sum.
 Gathered tokens are never saved: backward gathers them again, since they would dominate the memory
 of activations.
 """
 
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -36,14 +38,14 @@ class _GatherAndProject(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, group: ProcessGroup, x: Tensor, *weights: Tensor):  # type: ignore[no-untyped-def]
+    def forward(ctx: Any, group: ProcessGroup, x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
         ctx.group = group
         ctx.save_for_backward(x, *weights)
         gathered = all_gather(x, group)
         return tuple(F.linear(gathered, weight) for weight in weights)
 
     @staticmethod
-    def backward(ctx, *grads: Tensor):  # type: ignore[no-untyped-def]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, *weights = ctx.saved_tensors
         gathered = start_all_gather(x, ctx.group)
         grad_x = grads[0] @ weights[0]
@@ -59,24 +61,26 @@ class _ReduceScatterTokens(torch.autograd.Function):
     """Forward: `[T, d]` -> `[T/t, d]`, summed over the group. Backward: all-gather."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, group: ProcessGroup) -> Tensor:  # type: ignore[no-untyped-def]
+    def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
         ctx.group = group
         return reduce_scatter(x, group)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return all_gather(grad, ctx.group), None
 
 
 class _VocabParallelCrossEntropy(torch.autograd.Function):
     """Cross-entropy over logits whose columns lie on t ranks; the logits are never gathered.
 
-    One MAX, then one packed SUM of (sum of exponentials, target logit), both `[T]`-sized. What is
-    saved is the logits as they came and the log-sum-exp.
+    One MAX, then one packed SUM of (sum of exponentials, target logit), both `[T]`-sized.
+    What is saved is the logits as they came and the log-sum-exp.
     """
 
     @staticmethod
-    def forward(ctx, logits: Tensor, labels: Tensor, columns: range, vocab: int, group: ProcessGroup):  # type: ignore[no-untyped-def]
+    def forward(
+        ctx: Any, logits: Tensor, labels: Tensor, columns: range, vocab: int, group: ProcessGroup
+    ) -> Tensor:
         wide = _without_padding(logits, columns, vocab)
         largest = all_reduce(wide.amax(-1), "max", group)
         mine, column = _local_labels(labels, columns)
@@ -90,7 +94,7 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         return torch.where(counted, log_total - target, 0.0)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         logits, labels, log_sum_exp = ctx.saved_tensors
         wide = _without_padding(logits, ctx.columns, ctx.vocab)
         grad_logits = (wide - log_sum_exp[:, None]).exp()
@@ -125,7 +129,7 @@ def leave(group: ProcessGroup, x: Tensor, weight: Tensor) -> Tensor:
 
 
 def embed(axis: Axis, tokens: Tensor, weight: Tensor) -> Tensor:
-    """`Seams.embed` with the vocabulary's rows over tensor ranks: one reduce-scatter of `[T, d]`."""
+    """`Seams.embed`, the vocabulary's rows over tensor ranks: one reduce-scatter of `[T, d]`."""
     columns = _columns(axis, weight)
     mine, row = _local_labels(tokens, columns)
     return _ReduceScatterTokens.apply(F.embedding(row, weight) * mine[:, None], axis.group)

@@ -30,6 +30,7 @@ def find_place(env: Mapping[str, str]) -> Place | None:
 
     Raises:
         UserError: the variables of a launcher are there but incomplete.
+
     """
     if "RANK" in env:
         return _from(env, "RANK", "LOCAL_RANK", "WORLD_SIZE")

@@ -37,7 +37,9 @@ def identity_problems(config: Config, dataset: Dataset) -> list[Problem]:
             manifest = read_manifest(folder)
         except ValueError:
             continue
-        changed = [_KEYS[name] for name, value in current.items() if getattr(manifest, name) != value]
+        changed = [
+            _KEYS[name] for name, value in current.items() if getattr(manifest, name) != value
+        ]
         if not changed:
             return []
         what = f"{config.run!r} holds step {manifest.step} of a run with another "

@@ -34,6 +34,7 @@ def train(prepared: Prepared, place: Place) -> None:
     Raises:
         Diverged: loss or grad norm is no longer a number.
         Preempted: SIGTERM came; a checkpoint was saved after the step then running.
+
     """
     config, dataset = prepared.config, prepared.dataset
     stop = _note_sigterm()
@@ -57,9 +58,7 @@ def train(prepared: Prepared, place: Place) -> None:
             rate = config.lr_schedule, config.optimizer.lr, config.train.steps, step
             lr = learning_rate(*rate)
             result = train_step(trainer, batches, lr, stop=stop())
-            watch.step(
-                reporter.step(step, result, lr, time.perf_counter() - began, data_wait_s)
-            )
+            watch.step(reporter.step(step, result, lr, time.perf_counter() - began, data_wait_s))
             done = step + 1
             finished = done == config.train.steps
             if dataset.held_out and _due(done, config.evaluation.every, finished):

@@ -16,6 +16,7 @@ def learning_rate(schedule: LrScheduleConfig, peak: float, steps: int, step: int
         peak: the highest rate.
         steps: in the whole run.
         step: 0 for the first.
+
     """
     if step < schedule.warmup_steps:
         return peak * (step + 1) / schedule.warmup_steps
@@ -25,5 +26,7 @@ def learning_rate(schedule: LrScheduleConfig, peak: float, steps: int, step: int
     if schedule.decay == "wsd":
         start = max(start, steps - (schedule.decay_steps or math.ceil(steps / 10)))
     progress = min(1.0, max(0, step - start) / max(1, steps - 1 - start))
-    remaining = (1 + math.cos(math.pi * progress)) / 2 if schedule.decay == "cosine" else 1 - progress
+    remaining = (
+        (1 + math.cos(math.pi * progress)) / 2 if schedule.decay == "cosine" else 1 - progress
+    )
     return schedule.min_lr + (peak - schedule.min_lr) * remaining

@@ -12,7 +12,7 @@ from megallama.parallel.placements import placement
 
 
 def build_optimizer(module: nn.Module, config: OptimizerConfig) -> AdamW:
-    """AdamW, fused; norm weights (one-dimensional) do not decay. The loop sets the rate each step."""
+    """AdamW, fused; norm weights (one-dimensional) do not decay. The step sets the rate."""
     parameters = list(module.parameters())
     groups = [
         {

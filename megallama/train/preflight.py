@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 
 from megallama.config.errors import Problem, UserError
-from megallama.config.schema import Config
 from megallama.config.rules import resolve_world
+from megallama.config.schema import Config
 from megallama.data.dataset import Dataset, prepare
 from megallama.train.identity import identity_problems
 
@@ -27,6 +27,7 @@ def prepare_run(config: Config, world_size: int) -> Prepared:
 
     Raises:
         UserError: with every problem found.
+
     """
     config = resolve_world(config, world_size)
     problems = [*not_yet(config), *_device_problems(), *_folder_problems(Path(config.run))]

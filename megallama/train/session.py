@@ -15,8 +15,8 @@ from megallama.config.schema import Config
 from megallama.data.dataset import Dataset
 from megallama.mesh import build_process_groups
 from megallama.parallel.compose import build_stage
-from megallama.train.identity import checkpoint_folder, run_identity
 from megallama.train.environment import STORE, Place, restart_number
+from megallama.train.identity import checkpoint_folder, run_identity
 from megallama.train.optimizer import build_optimizer
 from megallama.train.step import Trainer
 
@@ -90,6 +90,7 @@ def resume(trainer: Trainer) -> tuple[int, list[str]]:
 
     Returns:
         Completed steps, and what to tell the user about checkpoints that were passed over.
+
     """
     root = checkpoint_folder(trainer.config)
     manifest, passed_over = find_newest(root)

@@ -68,11 +68,12 @@ def train_step(
         stop: this rank was asked to stop.
 
     The loss is the sum of token losses over the valid tokens of the global batch, whatever the
-    layout and the number of micro-batches: each token is divided by that number before backward, and
-    every reduction is a sum.
+    layout and the number of micro-batches: each token is divided by that number before backward,
+    and every reduction is a sum.
 
     Raises:
         Diverged: loss or grad norm is not finite.
+
     """
     config, groups, stage = trainer.config, trainer.groups, trainer.stage
     loss_share, counts = _run(trainer, batches, config.layout.schedule)
@@ -111,6 +112,7 @@ def _run(trainer: Trainer, batches: Sequence[Batch], schedule: str) -> tuple[Ten
     Returns:
         This rank's share of the loss (the shares of all ranks add up), and `[valid tokens, attended
         pairs]` of the global batch.
+
     """
     stage, groups = trainer.stage, trainer.groups
     micro_batches = [_to_device(batch, trainer) for batch in batches]

@@ -5,8 +5,11 @@ The bars (relative errors):
 | dtype   | bar |
 |---------|-----|
 | float64 | loss and grad norm of every step, gradients and final weights within 1e-9 |
-| float32 | step 1 within 1e-5; later at most 3x the drift between one-process runs that differ only in the number of micro-batches |
-| bf16    | the same drift rule, on every step |
+| float32 | step 1 within 1e-5; all steps within 3x the drift of one-process runs |
+| bf16    | all steps within 3x that drift |
+
+The drift is the largest difference between one-process runs that differ only in the number of
+micro-batches.
 
 Initial weights are equal to the bit, always.
 """
@@ -91,6 +94,7 @@ def compare(
         ranks: what each rank saw.
         references: one-process runs; the first took whole batches, the others more micro-batches.
         dtype: `float64`, `float32` or `bf16`.
+
     """
     reference = references[0]
     gradients = region_errors((rank["gradient"] for rank in ranks), reference["gradient"])
@@ -109,7 +113,9 @@ def compare(
         ]
     else:
         drift = _worst_curve(drifts)
-        gradient_drift = [_tensor_errors(r["gradient"], reference["gradient"]) for r in references[1:]]
+        gradient_drift = [
+            _tensor_errors(r["gradient"], reference["gradient"]) for r in references[1:]
+        ]
         final_drift = [_tensor_errors(r["final"], reference["final"]) for r in references[1:]]
         for what in ("loss", "grad_norm"):
             name = what.replace("_", " ")
@@ -139,7 +145,8 @@ def region_errors(
     for regions in ranks:
         for name, offsets, tensor in regions:
             place = tuple(
-                slice(start, start + size) for start, size in zip(offsets, tensor.shape, strict=True)
+                slice(start, start + size)
+                for start, size in zip(offsets, tensor.shape, strict=True)
             )
             expected = reference[name][place].double()
             held[name][place] = True
@@ -159,8 +166,7 @@ def _tensor_errors(found: dict[str, Tensor], reference: dict[str, Tensor]) -> fl
 def _curve_errors(found: dict[str, Any], reference: dict[str, Any]) -> dict[str, list[float]]:
     return {
         what: [
-            _relative(abs(a - b), abs(b))
-            for a, b in zip(found[what], reference[what], strict=True)
+            _relative(abs(a - b), abs(b)) for a, b in zip(found[what], reference[what], strict=True)
         ]
         for what in ("loss", "grad_norm")
     }

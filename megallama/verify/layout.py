@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from megallama_launch.failure import guard
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -19,7 +20,6 @@ from megallama.train.session import build_trainer, process_group
 from megallama.train.step import Trainer, train_step
 from megallama.verify.counting import CommunicationCounter
 from megallama.verify.samples import random_samples
-from megallama_launch.failure import guard
 
 COUNTED_STEP = 1
 """The second: the first also sets things up."""

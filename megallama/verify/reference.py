@@ -35,6 +35,7 @@ def train_reference(config: Config, micro_batches: int) -> dict[str, Any]:
     Returns:
         `loss` and `grad_norm` per step; `initial`, `gradient` (of the first step, clipped) and
         `final` tensors by parameter name.
+
     """
     precision, train = config.train.precision, config.train
     master = Llama(config.model).to(MASTER[precision])
@@ -52,9 +53,7 @@ def train_reference(config: Config, micro_batches: int) -> dict[str, Any]:
         if step == 0:
             seen["gradient"] = _copies(master, of_gradients=True)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(
-                config.lr_schedule, config.optimizer.lr, train.steps, step
-            )
+            group["lr"] = learning_rate(config.lr_schedule, config.optimizer.lr, train.steps, step)
         optimizer.step()
     return seen | {"final": _copies(master)}
 
@@ -75,7 +74,8 @@ def _accumulate(
         loss.backward()
         total += loss.item()
         for ours, theirs in zip(master.parameters(), compute.parameters(), strict=True):
-            gradient = theirs.grad.to(ours.dtype) if theirs.grad is not None else 0
+            assert theirs.grad is not None
+            gradient = theirs.grad.to(ours.dtype)
             ours.grad = gradient if ours.grad is None else ours.grad + gradient
     return total
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from megallama_launch.local import run_local
 
 from megallama.config.errors import UserError
 from megallama.config.schema import Config
@@ -12,7 +13,6 @@ from megallama.mesh import AXES
 from megallama.train.preflight import not_yet
 from megallama.verify.compare import Report, compare
 from megallama.verify.shrink import shrink, world_size
-from megallama_launch.local import run_local
 
 LAYOUT_TARGET = "megallama.verify.layout:run"
 REFERENCE_TARGET = "megallama.verify.reference:run"
@@ -46,6 +46,7 @@ def verify(
     Raises:
         UserError: the config cannot be verified.
         VerificationFailed: a rank failed; its error has been shown.
+
     """
     if steps < 1:
         raise UserError.one("--steps", f"{steps}: give at least 1")

@@ -1,4 +1,4 @@
-"""A config's twin that runs in seconds on CPU: the same features, as few ranks and numbers as can be."""
+"""A config's twin that runs in seconds on CPU: the same features, few ranks, few numbers."""
 
 import math
 from typing import Any
@@ -29,13 +29,16 @@ def shrink(config: Config, *, dtype: str, steps: int, max_processes: int) -> Con
 
     Raises:
         UserError: the twin breaks a rule that the config itself does not.
+
     """
     layout = _shrink_layout(config.layout, max_processes)
     model = _shrink_model(config.model, layout)
     micro_batch = min(2, layout.micro_batch)
     data_ranks = layout.data_shard * layout.data_replicate
     micro_batches = 2 * layout.pipeline
-    seq_len = 2 * layout.context * layout.tensor * max(1, 32 // (2 * layout.context * layout.tensor))
+    seq_len = (
+        2 * layout.context * layout.tensor * max(1, 32 // (2 * layout.context * layout.tensor))
+    )
     changes: dict[str, Any] = {
         "model": model,
         "layout": layout.model_copy(update={"micro_batch": micro_batch}),

@@ -74,6 +74,7 @@ def execute(
     Returns:
         This rank's share of the global loss: the scaled sum of its token losses on the last stage
         (the same on all tensor ranks), 0 elsewhere; at least float32. Gradients are in `.grad`.
+
     """
     state = _Execution()
     backwards_left = sum(action.kind == Kind.BACKWARD for action in actions)

@@ -23,16 +23,17 @@ class Kind(StrEnum):
 
 class Action(NamedTuple):
     """One thing a rank does. Receives are posted when reached and awaited by the action that
-    computes with the message; sends are started and not awaited."""
+    computes with the message; sends are started and not awaited.
+    """
 
     kind: Kind
     stage: int
-    """The stage that computes; for a message, the one that computes with it once it has arrived."""
+    """The stage that computes; for a message, the one that computes with it."""
     micro_batch: int
 
 
 RECEIVE_AHEAD = 2
-"""Computations before the one that needs it at which a receive is posted, to overlap the transfer."""
+"""How many computations ahead of its use a receive is posted, to overlap the transfer."""
 
 
 def stage_rank(stage: int, pipeline: int) -> int:
@@ -40,7 +41,7 @@ def stage_rank(stage: int, pipeline: int) -> int:
     return stage % pipeline
 
 
-def gpipe(rank: int, pipeline: int, micro_batches: int) -> Iterator[Action]:
+def gpipe(rank: int, _pipeline: int, micro_batches: int) -> Iterator[Action]:
     """All forwards, then all backwards. In flight: all micro-batches."""
     for m in range(micro_batches):
         yield Action(Kind.FORWARD, rank, m)
@@ -63,7 +64,7 @@ def one_forward_one_backward(rank: int, pipeline: int, micro_batches: int) -> It
         yield Action(Kind.BACKWARD, rank, m)
 
 
-def forward_only(rank: int, pipeline: int, micro_batches: int) -> Iterator[Action]:
+def forward_only(rank: int, _pipeline: int, micro_batches: int) -> Iterator[Action]:
     """For evaluation."""
     for m in range(micro_batches):
         yield Action(Kind.FORWARD, rank, m)
@@ -84,6 +85,7 @@ def actions(name: str, rank: int, pipeline: int, micro_batches: int) -> list[Act
         rank: place on the pipeline axis, 0 … pipeline-1.
         pipeline: ranks on the axis; rank r holds stage r.
         micro_batches: per step, at least 1.
+
     """
     computations = list(SCHEDULES[name](rank, pipeline, micro_batches))
     needed = [_receive_for(action, pipeline) for action in computations]

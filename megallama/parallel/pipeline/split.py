@@ -10,14 +10,13 @@ def split_layers(layers: int, stages: int) -> list[range]:
 
     Raises:
         ValueError: there are more stages than layers.
+
     """
     if stages > layers:
         raise ValueError(f"{stages} pipeline stages for {layers} layers")
     most = -(-layers // stages)
     missing = most * stages - layers
-    ends_inwards = [
-        stages - 1 - i // 2 if i % 2 == 0 else i // 2 for i in range(stages)
-    ]
+    ends_inwards = [stages - 1 - i // 2 if i % 2 == 0 else i // 2 for i in range(stages)]
     short = set(ends_inwards[:missing])
     ranges, start = [], 0
     for stage in range(stages):
