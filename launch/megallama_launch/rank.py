@@ -86,4 +86,5 @@ def _take_streams(out: int, err: int) -> None:
     for descriptor, number, stream in ((out, 1, sys.stdout), (err, 2, sys.stderr)):
         os.dup2(descriptor, number)
         os.close(descriptor)
-        stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+        # Whole lines, so that those of several ranks do not mix, even with PYTHONUNBUFFERED.
+        stream.reconfigure(line_buffering=True, write_through=False)  # type: ignore[union-attr]

@@ -57,7 +57,7 @@ def save(
     if dist.get_rank() == 0:
         files = {name: digest for part in digests if part for name, digest in part.items()}
         commit(root, Manifest(**about, files=files))
-        keep_newest(root, keep)
+        keep_newest(root, keep, step)
     dist.barrier()
     return committed_folder(root, step)
 

@@ -2,13 +2,14 @@
 
     RUN/checkpoints/step-00001000/manifest.json   written last, with digest and size of every file
     RUN/checkpoints/step-00001000/*.distcp, .metadata
-    RUN/checkpoints/.step-00002000.partial/       being written; never read, removed at the next start
+    RUN/checkpoints/.step-00002000.partial/       being written; never read, removed later
 
 A checkpoint exists iff its manifest does and every digest holds.
 """
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -20,6 +21,7 @@ import xxhash
 MANIFEST = "manifest.json"
 FORMAT = 1
 _CHUNK = 1 << 22
+_COMMITTED = re.compile(r"step-(\d{8,})")
 
 
 @dataclass(frozen=True)
@@ -123,12 +125,15 @@ def verify_files(folder: Path, files: Mapping[str, FileDigest]) -> None:
 def newest_valid(root: Path) -> tuple[Manifest | None, list[str]]:
     """The newest whole checkpoint, and why each newer one was passed over."""
     passed_over = []
-    for folder in sorted(root.glob("step-*"), reverse=True):
+    for _, folder in _newest_first(root):
         try:
             manifest = read_manifest(folder)
             verify_files(folder, manifest.files)
         except ValueError as error:
             passed_over.append(str(error))
+            continue
+        except OSError as error:  # a disk that gives a file back no more
+            passed_over.append(f"{folder.name}: cannot be read: {error}")
             continue
         return manifest, passed_over
     return None, passed_over
@@ -140,10 +145,20 @@ def remove_partial(root: Path) -> None:
         shutil.rmtree(folder)
 
 
-def keep_newest(root: Path, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints."""
-    for folder in sorted(root.glob("step-*"), reverse=True)[keep:]:
+def keep_newest(root: Path, keep: int, step: int) -> None:
+    """Remove all but the newest `keep` checkpoints up to `step`, the one just committed.
+
+    Newer ones are those that resuming passed over: they must not push out the one just committed.
+    """
+    folders = [folder for number, folder in _newest_first(root) if number <= step]
+    for folder in folders[keep:]:
         _remove(folder)
+
+
+def _newest_first(root: Path) -> list[tuple[int, Path]]:
+    """Steps and folders that are named as checkpoints are; a user's copies are not ours."""
+    named = ((_COMMITTED.fullmatch(folder.name), folder) for folder in root.glob("step-*"))
+    return sorted(((int(name[1]), folder) for name, folder in named if name), reverse=True)
 
 
 def _remove(folder: Path) -> None:

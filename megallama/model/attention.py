@@ -91,7 +91,7 @@ def _causal_rows(q: Tensor, k: Tensor, v: Tensor, rows: int) -> Tensor:
     return out.transpose(1, 2).flatten(0, 1)
 
 
-@torch.compiler.disable  # borders differ from batch to batch: tracing them would recompile each time
+@torch.compiler.disable  # borders differ from batch to batch: each would be compiled anew
 def _document_by_document(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: tuple[int, ...]) -> Tensor:
     sizes = [stop - start for start, stop in pairwise(cu_seqlens)]
     documents = zip(q.split(sizes), k.split(sizes), v.split(sizes), strict=True)

@@ -52,8 +52,8 @@ def synchronize_gradients(stage: Llama, *, last: bool, reshard: bool) -> None:
     """Say what the next backward of a stage does with gradients.
 
     Weights that stay gathered accumulate whole gradients in fp32 and reduce them once, on the
-    stage's last backward (Llama 3, section 3.3.2). With ZeRO-3 there is no room for whole gradients:
-    each backward reduces, and the shards accumulate.
+    stage's last backward (Llama 3, section 3.3.2). With ZeRO-3 there is no room for whole
+    gradients: each backward reduces, and the shards accumulate.
     """
     assert isinstance(stage, FSDPModule)
     stage.set_is_last_backward(last)

@@ -57,7 +57,7 @@ def placement(name: str, *, kv_heads: int, tensor: int) -> Placement:
 
 
 def shard_range(length: int, rank: int, size: int) -> range:
-    """Rows of `length` that rank `rank` of `size` holds: equal pieces of ceil(length/size), the last
+    """Rows of `length` that rank `rank` of `size` holds: pieces of ceil(length/size), the last
     ones shorter or empty (torch.chunk, FSDP2 and DTensor agree on it).
     """
     piece = -(-length // size)

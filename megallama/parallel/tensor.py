@@ -182,11 +182,17 @@ def tensor_seams(axis: Axis, kv_heads: int) -> dict[str, object]:
 
 
 def shard_over_tensor(module: torch.nn.Module, groups: ProcessGroupManager, kv_heads: int) -> None:
-    """Replace every parameter of a module on the meta device by a DTensor over the tensor mesh."""
-    for prefix, child in module.named_modules():
+    """Replace every parameter of a module on the meta device by a DTensor over the tensor mesh.
+
+    A weight that two modules share stays shared.
+    """
+    split = {
+        parameter: _as_dtensor(name, parameter, groups, kv_heads)
+        for name, parameter in module.named_parameters()
+    }
+    for child in module.modules():
         for leaf, parameter in list(child.named_parameters(recurse=False)):
-            name = f"{prefix}.{leaf}" if prefix else leaf
-            setattr(child, leaf, _as_dtensor(name, parameter, groups, kv_heads))
+            setattr(child, leaf, split[parameter])
 
 
 def _as_dtensor(

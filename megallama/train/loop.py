@@ -9,6 +9,7 @@ from megallama.config.describe import to_yaml
 from megallama.data.batch import Batch, micro_batches
 from megallama.data.sampler import Samples
 from megallama.observe.device import reset_peak_memory
+from megallama.observe.record import EvalRecord
 from megallama.observe.sinks import Fanout, observers
 from megallama.train.environment import Place
 from megallama.train.lr import learning_rate
@@ -55,8 +56,7 @@ def train(prepared: Prepared, place: Place) -> None:
             began = time.perf_counter()
             batches = read_step(trainer, dataset.train, step)
             data_wait_s = time.perf_counter() - began
-            rate = config.lr_schedule, config.optimizer.lr, config.train.steps, step
-            lr = learning_rate(*rate)
+            lr = learning_rate(config.lr_schedule, config.optimizer.lr, config.train.steps, step)
             result = train_step(trainer, batches, lr, stop=stop())
             watch.step(reporter.step(step, result, lr, time.perf_counter() - began, data_wait_s))
             done = step + 1
@@ -84,7 +84,7 @@ def read_step(trainer: Trainer, samples: Samples, step: int) -> list[Batch]:
     )
 
 
-def _evaluate(trainer: Trainer, held_out: Samples, reporter: Reporter, done: int):  # type: ignore[no-untyped-def]
+def _evaluate(trainer: Trainer, held_out: Samples, reporter: Reporter, done: int) -> EvalRecord:
     began = time.perf_counter()
     batches = range(trainer.config.evaluation.batches)
     loss, tokens = evaluate(trainer, [read_step(trainer, held_out, n) for n in batches])

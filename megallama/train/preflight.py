@@ -8,8 +8,9 @@ import torch
 
 from megallama.config.errors import Problem, UserError
 from megallama.config.rules import resolve_world
-from megallama.config.schema import Config
+from megallama.config.schema import Config, WandbConfig
 from megallama.data.dataset import Dataset, prepare
+from megallama.observe.wandb_mode import find_wandb
 from megallama.train.identity import identity_problems
 
 
@@ -30,7 +31,12 @@ def prepare_run(config: Config, world_size: int) -> Prepared:
 
     """
     config = resolve_world(config, world_size)
-    problems = [*not_yet(config), *_device_problems(), *_folder_problems(Path(config.run))]
+    problems = [
+        *not_yet(config),
+        *_device_problems(),
+        *_folder_problems(Path(config.run)),
+        *_wandb_problems(config.metrics.wandb),
+    ]
     if problems:
         raise UserError(problems)
     dataset = prepare(config.data, config.train.seed, config.model.vocab)
@@ -92,4 +98,14 @@ def _folder_problems(run: Path) -> list[Problem]:
                 "name a folder you may write, such as runs/mine",
             )
         ]
+    return []
+
+
+def _wandb_problems(config: WandbConfig) -> list[Problem]:
+    if config.mode == "auto":  # takes what there is, and is slow to import
+        return []
+    try:
+        find_wandb(config)
+    except UserError as error:
+        return list(error.problems)
     return []

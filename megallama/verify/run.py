@@ -73,7 +73,7 @@ def verify(
 
 
 def micro_batch_counts(config: Config, dtype: str) -> list[int]:
-    """Numbers of micro-batches of the one-process runs; only rounding makes the others necessary."""
+    """Numbers of micro-batches of the one-process runs; the later ones measure rounding."""
     samples = config.train.global_batch_tokens // config.data.seq_len
     if dtype == "float64":
         return [1]

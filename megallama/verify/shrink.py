@@ -12,6 +12,8 @@ PRECISION = {"float64": "fp64", "float32": "fp32", "bf16": "bf16"}
 LEARNING_RATE = 1e-3
 HEAD_DIM = 16
 FFN = 96
+SAMPLES = 8
+"""Sequences in one step, at least: enough ways to cut a batch that rounding can be judged by them."""
 
 
 def shrink(config: Config, *, dtype: str, steps: int, max_processes: int) -> Config:
@@ -35,7 +37,7 @@ def shrink(config: Config, *, dtype: str, steps: int, max_processes: int) -> Con
     model = _shrink_model(config.model, layout)
     micro_batch = min(2, layout.micro_batch)
     data_ranks = layout.data_shard * layout.data_replicate
-    micro_batches = 2 * layout.pipeline
+    micro_batches = max(2 * layout.pipeline, SAMPLES // (data_ranks * micro_batch))
     seq_len = (
         2 * layout.context * layout.tensor * max(1, 32 // (2 * layout.context * layout.tensor))
     )

@@ -94,6 +94,25 @@ def _fail_after_leaving_the_group(victim: int) -> None:
             time.sleep(0.3)
 
 
+def fail_one_before_the_others(victim: int) -> int:
+    """Nobody's failure is a consequence of another's, but one is the first."""
+    return guard(_fail_one_before_the_others, victim, coordinates=_coordinates)
+
+
+def _fail_one_before_the_others(victim: int) -> None:
+    all_reduce = _group()
+    all_reduce()
+    if int(os.environ["RANK"]) != victim:
+        time.sleep(0.05)
+    raise ValueError("the answer is 42")
+
+
+def fail_while_others_sleep(victim: int) -> None:
+    if int(os.environ["RANK"]) == victim:
+        raise ValueError("the answer is 42")
+    time.sleep(600)
+
+
 def fail_everywhere() -> int:
     return guard(_raise_value_error, coordinates=_coordinates)
 

@@ -75,6 +75,13 @@ def test_first_failure_is_printed_once(capfd: pytest.CaptureFixture[str]):
     assert "Connection closed" not in err
 
 
+def test_ranks_that_do_not_notice_a_failure_are_killed():
+    started = time.monotonic()
+    outcome = run("fail_while_others_sleep", 3, 1)
+    assert (outcome.failed_rank, outcome.killed) == (1, (0, 2))
+    assert time.monotonic() - started < 60
+
+
 def test_cause_is_reported_although_its_symptoms_are_seen_before():
     outcome = run("fail_after_leaving_the_group", 4, 1)
     assert outcome.message == "rank 1 (tensor 1 · data 0) failed: ValueError: the answer is 42"
@@ -99,12 +106,12 @@ def test_rank_killed_by_a_signal(signum: signal.Signals, message: str):
 
 def test_hung_ranks_show_where():
     started = time.monotonic()
-    outcome = run("hang_in", 2, 1, timeout_s=0.5)
+    outcome = run("hang_in", 2, 1, timeout_s=3)
     assert outcome.exit_code == 1
     assert outcome.killed == (1,)
-    assert outcome.message == "rank 1 did not finish in 0.5 s"
+    assert outcome.message == "rank 1 did not finish in 3 s"
     assert "_a_place_to_hang" in outcome.details
-    assert time.monotonic() - started < 3
+    assert time.monotonic() - started < 60
 
 
 @pytest.mark.parametrize(

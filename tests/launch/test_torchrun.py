@@ -31,7 +31,9 @@ def root_cause(output: str) -> str:
     return output.partition("Root Cause (first observed failure):")[2]
 
 
-@pytest.mark.parametrize("target", ["fail_in", "fail_after_leaving_the_group"])
+@pytest.mark.parametrize(
+    "target", ["fail_in", "fail_after_leaving_the_group", "fail_one_before_the_others"]
+)
 def test_summary_names_the_first_failure_once(target: str):
     done = torchrun(target, 2)
     headline = "rank 2 (tensor 0 · data 1) failed: ValueError: the answer is 42"

@@ -16,7 +16,6 @@ from tests.model.small import borders_of, plan_of, positions_of, small_config, s
 
 documents = st.lists(st.integers(1, 9), min_size=1, max_size=6)
 heads = st.sampled_from([(4, 4), (4, 2), (4, 1), (1, 1), (6, 3)])
-FLEX_BLOCK = 128
 
 lengths_of_each_path = pytest.mark.parametrize(
     "lengths",
@@ -33,7 +32,9 @@ lengths_of_each_path = pytest.mark.parametrize(
 def naive(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
     """One token and one head at a time."""
     (T, Hq, K), Hkv = q.shape, k.shape[1]
-    start_of = [start for start, n in zip(borders_of(lengths), lengths, strict=False) for _ in range(n)]
+    start_of = [
+        start for start, n in zip(borders_of(lengths), lengths, strict=False) for _ in range(n)
+    ]
     rows = []
     for t in range(T):
         for h in range(Hq):
@@ -83,7 +84,7 @@ def test_any_documents_equal_the_reference(lengths: list[int], heads: tuple[int,
 
 @lengths_of_each_path
 def test_each_path_and_its_gradients_equal_the_loop(lengths: list[int]):
-    qkv = random_qkv(24 if sum(lengths) == 24 else sum(lengths), 4, 2)
+    qkv = random_qkv(sum(lengths), 4, 2)
     out = attend(*qkv, plan_of(small_config(), lengths, torch.float64))
     expected = naive(*qkv, lengths)
     torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
@@ -117,7 +118,6 @@ def test_the_table_is_at_least_float32(activations: torch.dtype, table: torch.dt
 @given(lengths=documents)
 @settings(max_examples=25)
 def test_the_mask_for_flex_attention_is_the_definition(lengths: list[int]):
-    """Element by element; and no block is skipped that holds a visible pair."""
     T = sum(lengths)
     mask = attention._document_mask(borders_of(lengths), torch.device("cpu"))
     document = [d for d, length in enumerate(lengths) for _ in range(length)]
@@ -128,9 +128,28 @@ def test_the_mask_for_flex_attention_is_the_definition(lengths: list[int]):
             assert bool(visible) == (document[i] == document[j] and j <= i)
 
 
-@pytest.mark.parametrize(
-    "lengths", [[100, 28], [1, 127, 128, 44], [300], [129, 1, 130], [64] * 3 + [65]]
+several_blocks = pytest.mark.parametrize(
+    "lengths", [[100, 28], [1, 127, 128, 44], [300], [129, 1, 130], [64, 64, 64, 65]], ids=str
 )
+
+
+@several_blocks
+def test_flex_attention_skips_no_block_that_is_needed_and_computes_none_that_is_not(
+    lengths: list[int],
+):
+    T = sum(lengths)
+    mask = attention._document_mask(borders_of(lengths), torch.device("cpu"))
+    size, _ = mask.BLOCK_SIZE
+    document = torch.tensor([d for d, length in enumerate(lengths) for _ in range(length)])
+    visible = (document[:, None] == document[None]).tril()
+    padded = torch.nn.functional.pad(visible, (0, -T % size, 0, -T % size))
+    blocks = padded.unflatten(0, (-1, size)).unflatten(2, (-1, size))
+    needed = blocks.any(1).any(-1)
+    assert torch.equal(mask.to_dense()[0, 0].bool(), needed)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+@several_blocks
 def test_flex_path_equals_the_reference_in_eager_mode(lengths: list[int]):
     """The GPU's path through an uncompiled flex_attention, over more than one block."""
     q, k, v = (x.detach() for x in random_qkv(sum(lengths), 4, 2, 16, dtype=torch.float32))

@@ -1,6 +1,7 @@
 """Initial weights depend on the seed and the name, not on who draws which rows."""
 
 import math
+from itertools import pairwise
 from unittest import mock
 
 import pytest
@@ -45,7 +46,7 @@ def test_parts_are_parts_of_the_whole(
     config = small_config()
     shape = torch.Size((rows, *rest))
     borders = sorted({0, rows, *(min(cut, rows) for cut in cuts)})
-    parts = [range(a, b) for a, b in zip(borders, borders[1:], strict=False)]
+    parts = [range(a, b) for a, b in pairwise(borders)]
     with mock.patch.object(init, "BLOCK_ELEMENTS", block_elements):
         drawn = [initial_rows(name, shape, part, config, 7) for part in parts]
         assert [d.shape for d in drawn] == [(len(part), *rest) for part in parts]
@@ -68,8 +69,7 @@ def test_parts_across_blocks_of_real_size():
     assert torch.equal(
         initial_rows("layers.0.wq", shape, part, config, 1), everything[part.start : part.stop]
     )
-    rows = everything.flatten(1)
-    assert len({tuple(row[:4].tolist()) for row in rows}) == 2100, "blocks repeat"
+    assert len({tuple(row) for row in everything[:, :4].tolist()}) == 2100, "blocks repeat"
 
 
 def test_every_name_seed_and_block_has_numbers_of_its_own():

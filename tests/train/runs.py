@@ -1,10 +1,18 @@
 """Small runs through the real command, and what they left behind."""
 
 import json
+import os
+import shutil
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from unittest import mock
+
+from megallama_launch.local import run_local
+from megallama_launch.outcome import Outcome
 
 from megallama.cli import main
 from megallama.observe.jsonl import read_metrics
@@ -32,7 +40,17 @@ def write_yaml(folder: Path) -> str:
 
 def train(run: Path, *overrides: str) -> int:
     """`megallama train` of the small run, alone on this machine; its exit code."""
-    return main(["train", write_yaml(run.parent), f"run={run}", *overrides])
+    return train_through("megallama.cli:train_rank", run, *overrides)
+
+
+def train_through(target: str, run: Path, *overrides: str) -> int:
+    """As `train`, but each rank runs `target`; one thread a rank, on any number of cores."""
+
+    def start(_: str, world_size: int, args: tuple[object, ...]) -> Outcome:
+        return run_local(target, world_size, args, threads=1)
+
+    with mock.patch("megallama_launch.local.run_local", start):
+        return main(["train", write_yaml(run.parent), f"run={run}", *overrides])
 
 
 def step_lines(run: Path) -> list[dict[str, Any]]:
@@ -77,3 +95,49 @@ def wait_for(run: Path, step: int, timeout_s: float = 60.0) -> None:
             return
         time.sleep(0.02)
     raise AssertionError(f"no step {step} in {timeout_s} s")
+
+
+def ranks_of(parent: int) -> list[int]:
+    """Process ids of the ranks that a process started: its forkserver's children."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal() and _parent(_parent(int(entry.name))) == parent:
+            with suppress(ProcessLookupError):
+                if os.getpgid(int(entry.name)) == int(entry.name):  # a rank leads its own group
+                    found.append(int(entry.name))
+    return sorted(found)
+
+
+def _parent(pid: int) -> int:
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except (OSError, IndexError):
+        return 0
+
+
+@contextmanager
+def meanwhile(act: Callable[[], None]) -> Iterator[None]:
+    """Run `act` in a thread while the block runs; its error is the test's."""
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            act()
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    yield
+    thread.join(60)
+    assert not errors, errors
+
+
+def rewind(run: Path, step: int) -> None:
+    """Make a finished run one that was killed right after its checkpoint of `step`."""
+    for folder in (run / "checkpoints").glob("step-*"):
+        if folder.name > f"step-{step:08d}":
+            shutil.rmtree(folder)
+    file = run / "metrics.jsonl"
+    kept = [line for line in file.read_text().splitlines() if json.loads(line)["step"] <= step]
+    file.write_text("".join(f"{line}\n" for line in kept))

@@ -69,9 +69,11 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 IN_EVERY_RUN = {"TP2 PP2", "HSDP 2x2", "kv_heads 2, TP4"}
 
 
-def cases(in_every_run: set[str]):
-    for name in LAYOUTS:
-        yield pytest.param(name, id=name, marks=() if name in in_every_run else (pytest.mark.slow,))
+def cases(in_every_run: set[str]) -> list[Any]:
+    return [
+        pytest.param(name, id=name, marks=() if name in in_every_run else (pytest.mark.slow,))
+        for name in LAYOUTS
+    ]
 
 
 def assert_same_numbers(config: Any, dtype: str) -> None:
