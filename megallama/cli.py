@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,6 +14,9 @@ from megallama.config.errors import UserError
 EXIT_CODES = (
     "exit codes: 0 done, 1 crashed, 2 you must fix something, 3 diverged, 4 preempted, state saved"
 )
+
+SPEAKER_S = 20.0
+"""How long silent ranks wait for the one that says what the user must fix, in seconds."""
 
 _TRAIN = """\
 Train a model. The same command and YAML work in three settings:
@@ -182,6 +186,8 @@ def train_rank(plain: dict[str, Any]) -> int:
 def _user_error(error: UserError, *, speak: bool) -> int:
     if speak:
         print(error, file=sys.stderr, flush=True)
+    elif "TORCHELASTIC_RUN_ID" in os.environ:
+        time.sleep(SPEAKER_S)  # torchrun ends all ranks at the first exit: the speaker's must be it
     return error.exit_code
 
 

@@ -554,6 +554,21 @@ def test_other_ranks_keep_quiet(
         assert said(capfd, ["train", str(config), f"run={tmp_path}/run", wrong]) == ""
 
 
+def test_other_ranks_let_the_speaker_end_first_under_torchrun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
+    """Torchrun ends all ranks when one has ended; the message must be out by then."""
+    slept: list[float] = []
+    monkeypatch.setattr(cli.time, "sleep", slept.append)
+    for rank, waits in (("1", [cli.SPEAKER_S]), ("0", [])):
+        slept.clear()
+        variables(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", TORCHELASTIC_RUN_ID="x")(
+            tmp_path, monkeypatch
+        )
+        said(capfd, ["train", f"{tmp_path}/none.yaml"])
+        assert slept == waits
+
+
 COMMANDS = {
     "no config": (["train", "none.yaml"], ("none.yaml: no such file; ", "shipped runs are")),
     "a near name": (["train", "quickstrat"], ("did you mean quickstart?",)),

@@ -91,7 +91,7 @@ def test_torchrun_shows_a_users_error_once(tmp_path: Path):
     done = torchrun(tmp_path / "run", "layout.pipeline=1", "layout.data_shard=4")
     assert done.returncode == 1  # torchrun's own
     assert done.stdout.count("data_shard 4 = 4 ranks, not 2 processes: start 4") == 1, done.stdout
-    assert done.stdout.count("Traceback") == 0, done.stdout
+    assert "UserError" not in done.stdout, done.stdout  # the traceback is torchrun's own
 
 
 def test_srun_shows_a_users_error_once(tmp_path: Path):
