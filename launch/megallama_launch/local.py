@@ -61,8 +61,7 @@ def run_local(
 
     The ranks have torchrun's environment variables and MEGALLAMA_STORE, the path for a FileStore;
     `env` comes on top. They print to this process's stdout and stderr. `threads` is what each may
-    compute with; left out, the cores are shared out, and it is 1 with more ranks than half of
-    them. `preload` counts in the first call only: one forkserver serves all.
+    compute with; left out, it is $OMP_NUM_THREADS, or else the cores are shared out. `preload` counts in the first call only: one forkserver serves all.
 
     The function's result is the rank's exit code (None is 0). After a first failure the others
     get PEER_GRACE_S seconds, then are killed; the failure is printed to stderr once. On Ctrl-C,
@@ -121,7 +120,9 @@ def _shared_environment(folder: Path, world_size: int, threads: int | None) -> d
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(_free_port()),
         STORE: str(folder / "store"),
-        "OMP_NUM_THREADS": str(threads or max(1, cores // world_size)),
+        "OMP_NUM_THREADS": str(
+            threads or os.environ.get("OMP_NUM_THREADS") or max(1, cores // world_size)
+        ),
         # gloo would look the host's name up, which laptops often cannot resolve
         "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo"),
     }

@@ -101,7 +101,7 @@ def _document_by_document(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: tuple[int
 def _document_mask(cu_seqlens: Sequence[int], device: torch.device) -> BlockMask:
     T = cu_seqlens[-1]
     starts = torch.zeros(T, dtype=torch.int32)
-    starts[list(cu_seqlens[1:-1])] = 1
+    starts[[border for border in cu_seqlens[1:] if border < T]] = 1
     document = starts.cumsum(0).to(device)
 
     def same_document_and_causal(_b: Tensor, _h: Tensor, i: Tensor, j: Tensor) -> Tensor:

@@ -97,7 +97,10 @@ class Head(nn.Module):
         self.weight = tied_to.weight if tied_to else nn.Parameter(torch.empty(rows, config.hidden))
 
     def forward(self, x: Tensor, labels: Tensor | None) -> Tensor:
-        """`x [T, d]`, `labels [T]` -> per-token loss `[T]`; without labels, logits `[T, vocab]`."""
+        """`x [T, d]`, `labels [T]` -> per-token loss `[T]`; without labels, logits `[T, vocab]`.
+
+        Under tensor parallelism logits are this rank's columns, padding included.
+        """
         normed = rms_norm(x, self.seams.local("head.norm", self.norm), self.eps)
         (logits,) = self.seams.enter(normed, self.seams.local("head.weight", self.weight))
         if labels is None:

@@ -4,6 +4,7 @@ Gradient reduction, initial weights, grad norm and the planner all derive from t
 shards dimension 0 of whatever tensor parallelism leaves.
 """
 
+import re
 from dataclasses import dataclass
 
 
@@ -33,9 +34,12 @@ _SHARD_DIM: dict[str, int | None] = {
 }
 
 
+_LAYER = re.compile(r"^layers\.\d+\.(?!.*\.)")
+
+
 def table_name(name: str) -> str:
     """The name in this table of a parameter's global name: `layers.3.wq` is `wq`."""
-    return name.split(".", 2)[2] if name.startswith("layers.") else name
+    return _LAYER.sub("", name)
 
 
 def placement(name: str, *, kv_heads: int, tensor: int) -> Placement:

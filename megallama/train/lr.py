@@ -24,8 +24,9 @@ def learning_rate(schedule: LrScheduleConfig, peak: float, steps: int, step: int
         return peak
     start = schedule.warmup_steps
     if schedule.decay == "wsd":
-        start = max(start, steps - (schedule.decay_steps or math.ceil(steps / 10)))
-    progress = min(1.0, max(0, step - start) / max(1, steps - 1 - start))
+        start = max(start, steps - (schedule.decay_steps or max(1, steps // 10)))
+    span = steps - 1 - start
+    progress = min(1.0, max(0, step - start) / span) if span > 0 else float(step >= start)
     remaining = (
         (1 + math.cos(math.pi * progress)) / 2 if schedule.decay == "cosine" else 1 - progress
     )

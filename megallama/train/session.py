@@ -15,6 +15,7 @@ from megallama.config.schema import Config
 from megallama.data.dataset import Dataset
 from megallama.mesh import build_process_groups
 from megallama.parallel.compose import build_stage
+from megallama.parallel.pipeline.runtime import connect
 from megallama.train.environment import STORE, Place, restart_number
 from megallama.train.identity import checkpoint_folder, run_identity
 from megallama.train.optimizer import build_optimizer
@@ -63,6 +64,7 @@ def build_trainer(config: Config, device: torch.device) -> Trainer:
     """This rank's model, optimizer and process groups; torch.distributed is initialised."""
     set_determinism(config)
     groups = build_process_groups(config.layout, device.type)
+    connect(groups, device)
     stage = build_stage(config, groups, device)
     return Trainer(config, groups, stage, build_optimizer(stage.module, config.optimizer))
 

@@ -5,8 +5,9 @@ The bars (relative errors):
 | dtype   | bar |
 |---------|-----|
 | float64 | loss and grad norm of every step, gradients and final weights within 1e-9 |
-| float32 | step 1 within 1e-5; all steps within 3x the drift of one-process runs |
-| bf16    | all steps within 3x that drift |
+| float32 | loss, grad norm and gradients of step 1 within 1e-5; |
+|         | loss and grad norm of all steps within 3x the drift |
+| bf16    | gradients of step 1, loss and grad norm of all steps within 3x the drift |
 
 The drift is the largest difference between one-process runs that differ only in the number of
 micro-batches.
@@ -25,8 +26,8 @@ from torch import Tensor
 EXACT_BAR = 1e-9
 FIRST_STEP_BAR = 1e-5
 DRIFT_FACTOR = 3.0
-DRIFT_FLOOR = 1e-6
-"""A few roundings of float32: drift below it is no evidence of anything."""
+DRIFT_FLOOR = 2 * 2.0**-23
+"""Two roundings of float32: drift below it is no evidence of anything."""
 
 
 @dataclass(frozen=True)
@@ -116,14 +117,13 @@ def compare(
         gradient_drift = [
             _tensor_errors(r["gradient"], reference["gradient"]) for r in references[1:]
         ]
-        final_drift = [_tensor_errors(r["final"], reference["final"]) for r in references[1:]]
+        gradient_bar = FIRST_STEP_BAR if dtype == "float32" else _bar(gradient_drift)
         for what in ("loss", "grad_norm"):
             name = what.replace("_", " ")
             if dtype == "float32":
                 checks.append(Check(f"{name}, step 1", errors[what][0], FIRST_STEP_BAR))
             checks.append(Check(f"{name}, all steps", max(errors[what]), _bar(drift[what])))
-        checks.append(Check("gradients, step 1", worst_gradient, _bar(gradient_drift)))
-        checks.append(Check("final weights", max(final.values()), _bar(final_drift)))
+        checks.append(Check("gradients, step 1", worst_gradient, gradient_bar))
     return {
         "checks": checks,
         "steps": _steps(ranks[0], reference),

@@ -13,7 +13,7 @@ LEARNING_RATE = 1e-3
 HEAD_DIM = 16
 FFN = 96
 SAMPLES = 8
-"""Sequences in one step, at least: enough ways to cut a batch that rounding can be judged by them."""
+"""Sequences in one step, at least: enough ways to cut a batch to judge rounding by."""
 
 
 def shrink(config: Config, *, dtype: str, steps: int, max_processes: int) -> Config:

@@ -224,24 +224,16 @@ def test_no_deadlock(channels: Channels, name: str, pipeline: int, micro_batches
     Simulation(programs(name, pipeline, micro_batches), channels).run()
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="NCCL shares one stream among a group's messages if init_process_group is given a "
-    "device_id; then 1F1B deadlocks from 4 ranks on, since it posts receives ahead of sends",
-)
-def test_no_deadlock_where_a_group_has_one_stream():
-    for pipeline in range(1, 9):
-        for micro_batches in range(1, 21):
-            Simulation(programs("1f1b", pipeline, micro_batches), Channels.PER_GROUP).run()
+def test_why_init_process_group_gets_no_device_id():
+    """With one, NCCL shares one stream among a group's messages: receives posted ahead block sends."""
+    with pytest.raises(AssertionError, match="deadlock"):
+        Simulation(programs("1f1b", 4, 5), Channels.PER_GROUP).run()
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="NCCL connects two ranks at their first message, and both hosts wait; a receive posted "
-    "ahead of the first send then deadlocks, unless the channels were connected before the step",
-)
-def test_no_deadlock_where_the_first_message_connects():
-    Simulation(programs("1f1b", 2, 2), Channels.CONNECTING).run()
+def test_why_the_runtime_connects_neighbours_before_the_first_step():
+    """NCCL connects two ranks at their first message, and both hosts wait for it."""
+    with pytest.raises(AssertionError, match="deadlock"):
+        Simulation(programs("1f1b", 2, 2), Channels.CONNECTING).run()
 
 
 @given(pipelines, micro_batch_counts)

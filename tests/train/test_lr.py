@@ -132,12 +132,7 @@ def decay_that_the_rules_assume(steps: int) -> int:
     [
         20,
         100,
-        pytest.param(
-            25,
-            marks=pytest.mark.xfail(
-                strict=True, reason="rules.py takes steps // 10, lr.py ceil(steps / 10)"
-            ),
-        ),
+        25,
     ],
 )
 def test_the_default_decay_is_as_long_as_the_rules_assume(steps: int):
@@ -146,7 +141,6 @@ def test_the_default_decay_is_as_long_as_the_rules_assume(steps: int):
     assert steps - (first_below - 1) == decay_that_the_rules_assume(steps)
 
 
-@pytest.mark.xfail(strict=True, reason="a decay of one step is never taken: lr.py gives the peak")
 @pytest.mark.parametrize(
     "changes",
     [

@@ -55,6 +55,22 @@ class _Execution:
     loss: Tensor | None = None
 
 
+def connect(groups: ProcessGroupManager, device: torch.device) -> None:
+    """Exchange one message between neighbours, pair by pair, before the first step.
+
+    NCCL connects two ranks at their first message and makes both hosts wait for it. In a schedule
+    that posts receives ahead of sends, that wait would be for ever.
+    """
+    rank, last = groups.pipeline.rank, groups.pipeline.size - 1
+    message = torch.zeros(1, device=device)
+    for group in (groups.pipeline.group, groups.pipeline_gradients):
+        for parity in (0, 1):
+            if rank % 2 == parity and rank < last:
+                dist.send(message, group=group, group_dst=rank + 1)
+            elif rank % 2 != parity and rank > 0:
+                dist.recv(message, group=group, group_src=rank - 1)
+
+
 def execute(
     actions: Sequence[Action],
     stage: PipelineStage,
@@ -109,7 +125,8 @@ def _forward(
     if last:
         out = out.sum() * loss_scale
         state.loss = out.detach() if state.loss is None else state.loss + out.detach()
-    state.inputs[m], state.outputs[m] = x, out
+    if not last or out.requires_grad:
+        state.inputs[m], state.outputs[m] = x, out
 
 
 def _backward(state: _Execution, stage: PipelineStage, m: int, *, last: bool) -> None:
