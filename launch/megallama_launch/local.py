@@ -61,7 +61,8 @@ def run_local(
 
     The ranks have torchrun's environment variables and MEGALLAMA_STORE, the path for a FileStore;
     `env` comes on top. They print to this process's stdout and stderr. `threads` is what each may
-    compute with; left out, it is $OMP_NUM_THREADS, or else the cores are shared out. `preload` counts in the first call only: one forkserver serves all.
+    compute with; left out, it is $OMP_NUM_THREADS, or else the cores are shared out. `preload`
+    counts in the first call only: one forkserver serves all.
 
     The function's result is the rank's exit code (None is 0). After a first failure the others
     get PEER_GRACE_S seconds, then are killed; the failure is printed to stderr once. On Ctrl-C,

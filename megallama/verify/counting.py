@@ -57,7 +57,8 @@ class CommunicationCounter(TorchDispatchMode):
 
 
 def _axis_names(groups: ProcessGroupManager) -> Iterator[tuple[str, str]]:
-    """Names of process groups to axes; where groups coincide, the later one stands."""
+    """Names of process groups to axes; an axis that spans the world shares its group."""
+    yield dist.group.WORLD.group_name, "world"  # type: ignore[union-attr]
     yield groups.data.group.group_name, "data"
     sharding = groups.fsdp_mesh.ndim - 1
     if sharding:
@@ -66,7 +67,6 @@ def _axis_names(groups: ProcessGroupManager) -> Iterator[tuple[str, str]]:
     yield groups.tensor.group.group_name, "tensor"
     yield groups.pipeline.group.group_name, "pipeline"
     yield groups.pipeline_gradients.group_name, "pipeline"
-    yield dist.group.WORLD.group_name, "world"  # type: ignore[union-attr]
 
 
 def _group_name(args: Any) -> str:

@@ -225,7 +225,7 @@ def test_no_deadlock(channels: Channels, name: str, pipeline: int, micro_batches
 
 
 def test_why_init_process_group_gets_no_device_id():
-    """With one, NCCL shares one stream among a group's messages: receives posted ahead block sends."""
+    """With one, NCCL has one stream for a group: receives posted ahead block sends."""
     with pytest.raises(AssertionError, match="deadlock"):
         Simulation(programs("1f1b", 4, 5), Channels.PER_GROUP).run()
 

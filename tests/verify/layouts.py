@@ -1,0 +1,125 @@
+"""The layouts that must give the numbers of one process.
+
+`python -m tests.verify.layouts` runs all in every dtype; its output is in docs/verify.md.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from megallama.config.schema import Config
+from megallama.verify.run import verify
+
+STEPS = 20
+DTYPES = ("float64", "float32", "bf16")
+
+MODEL = {
+    "hidden": 128,
+    "layers": 4,
+    "heads": 8,
+    "kv_heads": 4,
+    "head_dim": 16,
+    "ffn": 256,
+    "vocab": 512,
+}
+
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "one process": {},
+    "TP2": {"layout": {"tensor": 2}},
+    "TP4": {"layout": {"tensor": 4}},
+    "PP2": {"layout": {"pipeline": 2}},
+    "PP2 gpipe": {"layout": {"pipeline": 2, "schedule": "gpipe"}},
+    "PP4": {"layout": {"pipeline": 4}},
+    "FSDP2": {"layout": {"data_shard": 2}},
+    "FSDP4": {"layout": {"data_shard": 4}},
+    "HSDP 2x2": {"layout": {"data_shard": 2, "data_replicate": 2}},
+    "replicas 2": {"layout": {"data_replicate": 2}},
+    "TP2 PP2": {"layout": {"tensor": 2, "pipeline": 2}},
+    "TP2 FSDP2": {"layout": {"tensor": 2, "data_shard": 2}},
+    "TP2 replicas 2": {"layout": {"tensor": 2, "data_replicate": 2}},
+    "PP2 FSDP2": {"layout": {"pipeline": 2, "data_shard": 2}},
+    "PP2 FSDP2 resharding": {
+        "layout": {"pipeline": 2, "data_shard": 2, "reshard_after_forward": True}
+    },
+    "PP2 replicas 2": {"layout": {"pipeline": 2, "data_replicate": 2}},
+    "FSDP2 without resharding": {"layout": {"data_shard": 2, "reshard_after_forward": False}},
+    "TP2 PP2 FSDP2": {"layout": {"tensor": 2, "pipeline": 2, "data_shard": 2}},
+    "TP2 PP2 HSDP 2x2": {
+        "layout": {"tensor": 2, "pipeline": 2, "data_shard": 2, "data_replicate": 2}
+    },
+    "kv_heads 2, TP4": {"layout": {"tensor": 4}, "model": {"kv_heads": 2}},
+    "kv_heads 2, TP4 FSDP2": {
+        "layout": {"tensor": 4, "data_shard": 2},
+        "model": {"kv_heads": 2},
+    },
+    "uneven vocabulary, TP2": {"layout": {"tensor": 2}, "model": {"vocab": 500}},
+    "uneven vocabulary, TP4 PP2": {
+        "layout": {"tensor": 4, "pipeline": 2},
+        "model": {"vocab": 500},
+    },
+    "tied, TP2 FSDP2": {
+        "layout": {"tensor": 2, "data_shard": 2},
+        "model": {"tie_embeddings": True},
+    },
+    "uneven layers, PP4": {"layout": {"pipeline": 4}, "model": {"layers": 5}},
+    "uneven shards, FSDP3": {"layout": {"data_shard": 3}, "train": {"global_batch_tokens": 9216}},
+    "RoPE scaling, TP2": {
+        "layout": {"tensor": 2},
+        "model": {"rope_scaling": {"factor": 8.0}},
+    },
+    "full recomputation, TP2 PP2 FSDP2": {
+        "layout": {"tensor": 2, "pipeline": 2, "data_shard": 2},
+        "train": {"activation_checkpointing": "full"},
+    },
+    "selective recomputation, TP2 PP2 FSDP2": {
+        "layout": {"tensor": 2, "pipeline": 2, "data_shard": 2},
+        "train": {"activation_checkpointing": "selective"},
+    },
+    "without document mask, TP2": {
+        "layout": {"tensor": 2, "micro_batch": 2},
+        "data": {"document_mask": False},
+    },
+    "without clipping, FSDP2": {"layout": {"data_shard": 2}, "train": {"grad_clip": 0.0}},
+}
+
+
+def make_config(model: dict[str, Any] | None = None, **sections: dict[str, Any]) -> Config:
+    """A config with sections merged over a small default one."""
+    layout = {"data_shard": 1} | sections.pop("layout", {})
+    plain = {
+        "model": MODEL | (model or {}),
+        "layout": layout,
+        "train": {"global_batch_tokens": 12288, "steps": STEPS} | sections.pop("train", {}),
+        "optimizer": {"lr": 1e-3},
+    }
+    return Config.model_validate(plain | sections)
+
+
+def main() -> int:
+    print(
+        "| layout | processes | float64: loss | grad norm | gradients | float32: loss (bar) |",
+        end="",
+    )
+    print(" grad norm (bar) | bf16: loss (bar) | grad norm (bar) |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    passed = True
+    for name, sections in LAYOUTS.items():
+        cells = []
+        for dtype in DTYPES:
+            report = verify(make_config(**sections), dtype=dtype, steps=STEPS, max_processes=16)
+            passed &= report.passed
+            found = {check.name: check for check in report.checks}
+            if dtype == "float64":
+                shown = [found[n] for n in ("loss", "grad norm", "gradients, step 1")]
+                cells += [f"{check.error:.0e}" for check in shown]
+            else:
+                shown = [found[f"{n}, all steps"] for n in ("loss", "grad norm")]
+                cells += [f"{check.error:.0e} ({check.bar:.0e})" for check in shown]
+            cells[-1] += "" if report.passed else " **FAIL**"
+        print(f"| {name} | {report.processes} | {' | '.join(cells)} |", flush=True)
+    return 0 if passed else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
