@@ -126,6 +126,8 @@ def _add_config(commands: Any) -> None:
 
 
 def _train(options: argparse.Namespace) -> int:
+    from megallama_launch.failure import leave
+
     from megallama.config.load import load_config
     from megallama.train.environment import find_place
 
@@ -134,7 +136,9 @@ def _train(options: argparse.Namespace) -> int:
             config = load_config(options.config, options.overrides)
         except UserError as error:
             return _user_error(error, speak=place.speaks_for_node)
-        return train_rank(config.model_dump())
+        if code := train_rank(config.model_dump()):
+            leave(code)  # peers stuck in a collective would hold an ordinary exit
+        return 0
     return _train_alone(load_config(options.config, options.overrides))
 
 

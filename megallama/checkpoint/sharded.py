@@ -3,7 +3,7 @@
 Tensors are keyed by global names, so a checkpoint fits any layout.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,10 @@ from megallama.checkpoint.store import (
     committed_folder,
     digest_file,
     keep_newest,
+    list_candidates,
     newest_valid,
     partial_folder,
+    reason_against,
     remove_partial,
 )
 
@@ -65,14 +67,28 @@ def save(
 def find_newest(root: Path) -> tuple[Manifest | None, list[str]]:
     """The newest valid checkpoint, the same on every rank, and why newer ones were passed over.
 
-    One rank reads and checks; leftovers of interrupted saves are removed.
+    Rank 0 lists, and all ranks read and check a part of the files each: one rank alone would take
+    longer over a large checkpoint than the others may wait. Leftovers of interrupted saves are
+    removed.
     """
-    found: list[Any] = [None]
     if dist.get_rank() == 0:
         remove_partial(root)
-        found = [newest_valid(root)]
-    dist.broadcast_object_list(found, src=0)
-    return found[0]
+    return newest_valid(root, _list_together, _judge_together)
+
+
+def _list_together(root: Path) -> list[tuple[Manifest | None, str]]:
+    listed: list[Any] = [list_candidates(root) if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(listed, src=0)
+    candidates: list[tuple[Manifest | None, str]] = listed[0]
+    return candidates
+
+
+def _judge_together(folder: Path, files: Mapping[str, FileDigest]) -> str | None:
+    rank, world = dist.get_rank(), dist.get_world_size()
+    own = dict(sorted(files.items())[rank::world])
+    reasons: list[str | None] = [None] * world
+    dist.all_gather_object(reasons, reason_against(folder, own))
+    return next((reason for reason in reasons if reason is not None), None)
 
 
 def load(root: Path, manifest: Manifest, module: nn.Module, optimizer: Optimizer) -> None:

@@ -11,7 +11,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -122,20 +122,46 @@ def verify_files(folder: Path, files: Mapping[str, FileDigest]) -> None:
             raise ValueError(f"{folder.name}: the content of {name} has changed")
 
 
-def newest_valid(root: Path) -> tuple[Manifest | None, list[str]]:
-    """The newest whole checkpoint, and why each newer one was passed over."""
-    passed_over = []
+def list_candidates(root: Path) -> list[tuple[Manifest | None, str]]:
+    """Manifests of what may be checkpoints, newest first; for one that has none, None and why."""
+    candidates: list[tuple[Manifest | None, str]] = []
     for _, folder in _newest_first(root):
         try:
-            manifest = read_manifest(folder)
-            verify_files(folder, manifest.files)
+            candidates.append((read_manifest(folder), ""))
         except ValueError as error:
-            passed_over.append(str(error))
-            continue
-        except OSError as error:  # a disk that gives a file back no more
-            passed_over.append(f"{folder.name}: cannot be read: {error}")
-            continue
-        return manifest, passed_over
+            candidates.append((None, str(error)))
+    return candidates
+
+
+def reason_against(folder: Path, files: Mapping[str, FileDigest]) -> str | None:
+    """Why these files of a checkpoint cannot be trusted; None if they can."""
+    try:
+        verify_files(folder, files)
+    except ValueError as error:
+        return str(error)
+    except OSError as error:  # a disk that gives a file back no more
+        return f"{folder.name}: cannot be read: {error}"
+    return None
+
+
+def newest_valid(
+    root: Path,
+    listed: Callable[[Path], list[tuple[Manifest | None, str]]] = list_candidates,
+    judged: Callable[[Path, Mapping[str, FileDigest]], str | None] = reason_against,
+) -> tuple[Manifest | None, list[str]]:
+    """The newest whole checkpoint, and why each newer one was passed over.
+
+    `listed` and `judged` are how candidates are found and their files checked: by this process
+    alone, or by all ranks together.
+    """
+    passed_over: list[str] = []
+    for manifest, reason in listed(root):
+        if manifest is not None:
+            fault = judged(committed_folder(root, manifest.step), manifest.files)
+            if fault is None:
+                return manifest, passed_over
+            reason = fault
+        passed_over.append(reason)
     return None, passed_over
 
 

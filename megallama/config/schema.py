@@ -135,7 +135,8 @@ class TrainConfig(Section):
     steps: Count
     """Optimizer steps in the whole run."""
     precision: Literal["bf16", "fp32", "fp64"] = "bf16"
-    """bf16: compute and gathers in bf16, master weights, accumulation and reduction in fp32."""
+    """bf16: compute and gathers in bf16; master weights, accumulation and reduction over data
+    ranks in fp32."""
     seed: NonNegative = 42
     """Initial weights and sample order follow from it, whatever the layout."""
     grad_clip: Annotated[float, Field(ge=0)] = 1.0

@@ -82,7 +82,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor:
         return _causal_rows(q, k, v, plan.dense_rows)
     if plan.block_mask is not None:
         return _flex(q, k, v, plan.block_mask)
-    return _document_by_document(q, k, v, plan.cu_seqlens)
+    return _document_by_document(q, k, v, plan)
 
 
 def _causal_rows(q: Tensor, k: Tensor, v: Tensor, rows: int) -> Tensor:
@@ -92,8 +92,8 @@ def _causal_rows(q: Tensor, k: Tensor, v: Tensor, rows: int) -> Tensor:
 
 
 @torch.compiler.disable  # borders differ from batch to batch: each would be compiled anew
-def _document_by_document(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: tuple[int, ...]) -> Tensor:
-    sizes = [stop - start for start, stop in pairwise(cu_seqlens)]
+def _document_by_document(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor:
+    sizes = [stop - start for start, stop in pairwise(plan.cu_seqlens)]
     documents = zip(q.split(sizes), k.split(sizes), v.split(sizes), strict=True)
     return torch.cat([_causal_rows(*document, rows=1) for document in documents])
 

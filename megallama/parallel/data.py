@@ -23,7 +23,7 @@ def shard_over_data(
     Args:
         stage: on the meta device, tensor parallelism already applied.
         mesh: 1-D (FSDP) or 2-D (replicate x shard).
-        precision: `bf16` gathers and computes in bf16 and accumulates and reduces in fp32.
+        precision: `bf16` gathers and computes in bf16, accumulates and reduces over data in fp32.
         reshard_after_forward: free each block's gathered weights until backward (ZeRO-3).
 
     """

@@ -51,8 +51,8 @@ class _GatherAndProject(torch.autograd.Function):
         grad_x = grads[0] @ weights[0]
         for grad, weight in zip(grads[1:], weights[1:], strict=True):
             grad_x = torch.addmm(grad_x, grad, weight)
+        gathered = finish(gathered)  # before the next starts: one in flight in a group at a time
         scattered = start_reduce_scatter(grad_x, ctx.group)
-        gathered = finish(gathered)
         grad_weights = [grad.t() @ gathered for grad in grads]
         return None, finish(scattered), *grad_weights
 

@@ -4,6 +4,7 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 
 from megallama.config.describe import to_yaml
 from megallama.data.batch import Batch, micro_batches
@@ -12,6 +13,7 @@ from megallama.observe.device import reset_peak_memory
 from megallama.observe.record import EvalRecord
 from megallama.observe.sinks import Fanout, observers
 from megallama.train.environment import Place
+from megallama.train.lock import lock_folder
 from megallama.train.lr import learning_rate
 from megallama.train.preflight import Prepared
 from megallama.train.report import Reporter
@@ -34,11 +36,14 @@ def train(prepared: Prepared, place: Place) -> None:
 
     Raises:
         Diverged: loss or grad norm is no longer a number.
-        Preempted: SIGTERM came; a checkpoint was saved after the step then running.
+        Preempted: SIGTERM or SIGINT came; a checkpoint was saved after the step then running.
+        UserError: another process is training in the run folder.
 
     """
     config, dataset = prepared.config, prepared.dataset
-    stop = _note_sigterm()
+    if place.rank == 0:
+        lock_folder(Path(config.run))
+    stop = _note_stop_signals()
     with process_group(place) as device:
         trainer = build_trainer(config, device)
         first, remarks = resume(trainer)
@@ -57,11 +62,12 @@ def train(prepared: Prepared, place: Place) -> None:
             batches = read_step(trainer, dataset.train, step)
             data_wait_s = time.perf_counter() - began
             lr = learning_rate(config.lr_schedule, config.optimizer.lr, config.train.steps, step)
-            result = train_step(trainer, batches, lr, stop=stop())
+            result = train_step(trainer, batches, lr, stop=stop)
             watch.step(reporter.step(step, result, lr, time.perf_counter() - began, data_wait_s))
             done = step + 1
             finished = done == config.train.steps
-            if dataset.held_out and _due(done, config.evaluation.every, finished):
+            evaluating = _due(done, config.evaluation.every, finished) and not result.stop_requested
+            if dataset.held_out and evaluating:
                 watch.evaluation(_evaluate(trainer, dataset.held_out, reporter, done))
             if finished or result.stop_requested or _due(done, config.checkpoint.every, False):
                 watch.message(f"saved {save_checkpoint(trainer, dataset, done)}")
@@ -95,8 +101,14 @@ def _due(done: int, every: int, finished: bool) -> bool:
     return every > 0 and (done % every == 0 or finished)
 
 
-def _note_sigterm() -> Callable[[], bool]:
-    """From here on SIGTERM asks for a checkpoint and an orderly end."""
+def _note_stop_signals() -> Callable[[], bool]:
+    """From here on SIGTERM or Ctrl-C asks for a checkpoint and an end; a second one kills."""
     asked: list[int] = []
-    signal.signal(signal.SIGTERM, lambda number, _frame: asked.append(number))
+
+    def note(number: int, _frame: FrameType | None) -> None:
+        asked.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, note)
     return lambda: bool(asked)

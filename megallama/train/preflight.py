@@ -71,7 +71,8 @@ def not_yet(config: Config) -> list[Problem]:
 def _device_problems() -> list[Problem]:
     problems = []
     local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if torch.cuda.is_available() and local > torch.cuda.device_count():
+    bound = "LOCAL_WORLD_SIZE" not in os.environ  # by srun: each task may see one GPU, its own
+    if torch.cuda.is_available() and not bound and local > torch.cuda.device_count():
         problems.append(
             Problem(
                 "layout",

@@ -28,7 +28,9 @@ COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 def process_group(place: Place) -> Iterator[torch.device]:
     """Join the world for the length of the block; yields this rank's device."""
     cuda = torch.cuda.is_available()
-    device = torch.device("cuda", place.local_rank) if cuda else torch.device("cpu")
+    # SLURM can show each task its own GPU only, as number 0.
+    index = place.local_rank if torch.cuda.device_count() > 1 else 0
+    device = torch.device("cuda", index) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
     dist.init_process_group(

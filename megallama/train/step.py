@@ -1,6 +1,6 @@
 """One optimizer step, and one evaluation, on one rank."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -57,7 +57,11 @@ class Diverged(Exception):  # noqa: N818 - it says what happened
 
 
 def train_step(
-    trainer: Trainer, batches: Sequence[Batch], lr: float, *, stop: bool = False
+    trainer: Trainer,
+    batches: Sequence[Batch],
+    lr: float,
+    *,
+    stop: Callable[[], bool] = lambda: False,
 ) -> StepResult:
     """Forward, backward, reduce, clip, update.
 
@@ -65,7 +69,7 @@ def train_step(
         trainer: of this rank.
         batches: the micro-batches this rank reads in this step.
         lr: learning rate of the step.
-        stop: this rank was asked to stop.
+        stop: whether this rank was asked to stop; asked once backward is done.
 
     The loss is the sum of token losses over the valid tokens of the global batch, whatever the
     layout and the number of micro-batches: each token is divided by that number before backward,
@@ -79,7 +83,7 @@ def train_step(
     loss_share, counts = _run(trainer, batches, config.layout.schedule)
     gradients = local_gradients(stage.module)
     squares = squared_norm_share(gradients, groups, config.model.kv_heads)
-    asked = torch.full_like(loss_share, float(stop))
+    asked = torch.full_like(loss_share, float(stop()))
     loss, squared_norm, asked = sum_over_world(torch.stack([loss_share, squares, asked]))
     grad_norm = squared_norm.sqrt()
     if config.train.grad_clip > 0:
@@ -127,11 +131,11 @@ def _run(trainer: Trainer, batches: Sequence[Batch], schedule: str) -> tuple[Ten
 def _to_device(batch: Batch, trainer: Trainer) -> MicroBatch:
     device, config = trainer.stage.device, trainer.config
     return MicroBatch(
-        tokens=batch.tokens.to(device, non_blocking=True),
-        labels=batch.labels.to(device, non_blocking=True),
+        tokens=batch.tokens.to(device),
+        labels=batch.labels.to(device),
         plan=plan_attention(
             config.model,
-            batch.position_ids.to(device, non_blocking=True),
+            batch.position_ids.to(device),
             batch.cu_seqlens,
             dtype=trainer.stage.message_dtype,
         ),

@@ -7,7 +7,8 @@ The bars (relative errors):
 | float64 | loss and grad norm of every step, gradients and final weights within 1e-9 |
 | float32 | loss, grad norm and gradients of step 1 within 1e-5; |
 |         | loss and grad norm of all steps within 3x the drift |
-| bf16    | gradients of step 1, loss and grad norm of all steps within 3x the drift |
+| bf16    | gradients of step 1 within 4 roundings of bf16 (1.6e-2); |
+|         | loss and grad norm of all steps within 3x the drift |
 
 The drift is the largest difference between one-process runs that differ only in the number of
 micro-batches.
@@ -25,6 +26,8 @@ from torch import Tensor
 
 EXACT_BAR = 1e-9
 FIRST_STEP_BAR = 1e-5
+BF16_GRADIENT_BAR = 4 * 2.0**-8
+"""Four roundings of bf16: tensor ranks round their partial sums before these are added."""
 DRIFT_FACTOR = 3.0
 DRIFT_FLOOR = 2 * 2.0**-23
 """Two roundings of float32: drift below it is no evidence of anything."""
@@ -114,10 +117,7 @@ def compare(
         ]
     else:
         drift = _worst_curve(drifts)
-        gradient_drift = [
-            _tensor_errors(r["gradient"], reference["gradient"]) for r in references[1:]
-        ]
-        gradient_bar = FIRST_STEP_BAR if dtype == "float32" else _bar(gradient_drift)
+        gradient_bar = FIRST_STEP_BAR if dtype == "float32" else BF16_GRADIENT_BAR
         for what in ("loss", "grad_norm"):
             name = what.replace("_", " ")
             if dtype == "float32":
@@ -156,11 +156,6 @@ def region_errors(
         name: _relative(math.sqrt(wrong), math.sqrt(whole)) if held[name].all() else math.inf
         for name, (wrong, whole) in squares.items()
     }
-
-
-def _tensor_errors(found: dict[str, Tensor], reference: dict[str, Tensor]) -> float:
-    whole = [(name, (0,) * tensor.ndim, tensor) for name, tensor in found.items()]
-    return max(region_errors([whole], reference).values())
 
 
 def _curve_errors(found: dict[str, Any], reference: dict[str, Any]) -> dict[str, list[float]]:

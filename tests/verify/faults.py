@@ -54,7 +54,9 @@ def mean_of_micro_batch_means() -> None:
 
     def per_micro_batch(state, stage, m, micro_batches, loss_scale):
         valid = (micro_batches[m].labels >= 0).sum().clamp(min=1)
-        forward(state, stage, m, micro_batches, 1 / (valid * len(micro_batches)).double())
+        forward(
+            state, stage, m, micro_batches, 1 / (valid * len(micro_batches)).to(loss_scale.dtype)
+        )
 
     runtime._forward = per_micro_batch
 
