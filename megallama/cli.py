@@ -126,6 +126,7 @@ def _add_config(commands: Any) -> None:
 
 
 def _train(options: argparse.Namespace) -> int:
+    import torch.distributed as dist
     from megallama_launch.failure import leave
 
     from megallama.config.load import load_config
@@ -136,9 +137,10 @@ def _train(options: argparse.Namespace) -> int:
             config = load_config(options.config, options.overrides)
         except UserError as error:
             return _user_error(error, speak=place.speaks_for_node)
-        if code := train_rank(config.model_dump()):
-            leave(code)  # peers stuck in a collective would hold an ordinary exit
-        return 0
+        code = train_rank(config.model_dump())
+        if dist.is_initialized():
+            leave(code)  # it failed, and peers stuck in a collective would hold an ordinary exit
+        return code
     return _train_alone(load_config(options.config, options.overrides))
 
 
