@@ -224,3 +224,8 @@ def test_the_readme_shows_a_config_that_loads() -> None:
     assert blocks
     for block in blocks:
         load_text(block)
+
+
+def test_no_document_waits_to_be_filled_in() -> None:
+    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        assert "@@" not in page.read_text(), page
