@@ -22,11 +22,11 @@ MASTER = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.float32}
 COMPUTE = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def run(plain_config: dict[str, Any], micro_batch_counts: list[int], folder: str) -> None:
-    """Train once for each number of micro-batches and save what was seen to `folder`."""
-    config = Config.model_validate(plain_config)
-    for count in micro_batch_counts:
-        torch.save(train_reference(config, count), Path(folder) / f"reference-{count}.pt")
+def run(runs: dict[str, tuple[dict[str, Any], int]], folder: str) -> None:
+    """Train once for each name: (config, number of micro-batches); save what was seen."""
+    for name, (plain_config, micro_batches) in runs.items():
+        config = Config.model_validate(plain_config)
+        torch.save(train_reference(config, micro_batches), Path(folder) / f"{name}.pt")
 
 
 def train_reference(config: Config, micro_batches: int) -> dict[str, Any]:

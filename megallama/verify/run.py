@@ -54,26 +54,32 @@ def verify(
         raise UserError.one("--processes", f"{max_processes}: give at least 1")
     if problems := not_yet(config):
         raise UserError(problems)
-    twin = shrink(config, dtype=dtype, steps=steps, max_processes=max_processes)
+    twin, exact_twin = (
+        shrink(config, dtype=d, steps=steps, max_processes=max_processes)
+        for d in (dtype, "float64")
+    )
     plain = twin.model_dump()
     processes = world_size(twin.layout)
     counts = micro_batch_counts(twin, dtype)
+    one_process = {f"reference-{count}": (plain, count) for count in counts}
+    one_process["exact"] = (exact_twin.model_dump(), 1)
     with tempfile.TemporaryDirectory(prefix="megallama-verify-") as folder:
         _run_side(layout_target, processes, (plain, folder))
-        _run_side(REFERENCE_TARGET, 1, (plain, counts, folder))
+        _run_side(REFERENCE_TARGET, 1, (one_process, folder))
         ranks = [_read(folder, f"rank-{rank}.pt") for rank in range(processes)]
         references = [_read(folder, f"reference-{count}.pt") for count in counts]
+        exact = _read(folder, "exact.pt")
     return Report(
         layout=layout_text(twin),
         model=model_text(twin),
         dtype=dtype,
         processes=processes,
-        **compare(ranks, references, dtype),
+        **compare(ranks, references, exact, dtype),
     )
 
 
 def micro_batch_counts(config: Config, dtype: str) -> list[int]:
-    """Numbers of micro-batches of the one-process runs; the later ones measure rounding."""
+    """Numbers of micro-batches of the one-process runs; several of them measure rounding."""
     samples = config.train.global_batch_tokens // config.data.seq_len
     if dtype == "float64":
         return [1]
