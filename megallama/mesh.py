@@ -1,6 +1,5 @@
 """From the world to a device mesh: who this rank is on every axis, and the groups it talks in."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch.distributed as dist
@@ -43,15 +42,6 @@ class ProcessGroupManager:
     def tensor_mesh(self) -> DeviceMesh:
         """The 1-D mesh of this rank's tensor-parallel peers."""
         return self.mesh["tensor"]
-
-    def axes(self) -> Iterator[tuple[str, Axis]]:
-        """The five axes of the mesh by name, fastest first."""
-        for name in reversed(AXES):
-            yield name, getattr(self, name)
-
-    def coordinates(self) -> str:
-        """This rank's place, for people: `tensor 1 · pipeline 0`; axes of one rank are left out."""
-        return coordinates_text({name: (axis.rank, axis.size) for name, axis in self.axes()})
 
 
 def axis_sizes(layout: LayoutConfig) -> dict[str, int]:

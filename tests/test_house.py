@@ -12,6 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from megallama_launch import claims
+
+from megallama.train import environment
 
 ROOT = Path(__file__).parent.parent
 INSTALLED = {"megallama": ROOT / "megallama", "megallama_launch": ROOT / "launch/megallama_launch"}
@@ -66,6 +69,10 @@ def test_the_model_knows_nothing_of_torch_distributed() -> None:
         text = file.read_text()
         assert not [name for name in imported(file) if name.startswith("torch.distributed")], file
         assert "torch.distributed" not in text, file
+
+
+def test_both_sides_of_a_local_start_name_the_store_alike() -> None:
+    assert environment.STORE == claims.STORE
 
 
 def test_the_command_line_starts_without_torch() -> None:

@@ -4,7 +4,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
+from megallama.train.session import set_determinism
+from tests.ranks import ranks
 from tests.train.runs import (
     FOUR,
     apart,
@@ -15,6 +18,7 @@ from tests.train.runs import (
     saved_steps,
     train,
 )
+from tests.verify.layouts import make_config
 
 SHARDED, PIPELINE = ("layout.data_shard=2",), ("layout.pipeline=2",)
 
@@ -145,6 +149,13 @@ def test_compiled_blocks_compute_the_same(finished: Finished):
 
 def test_deterministic_mode_changes_nothing_here(finished: Finished):
     assert curve(finished("train.deterministic=true")) == curve(finished())
+
+
+@ranks(1)
+def test_deterministic_mode_is_torchs():
+    for asked in (False, True):
+        set_determinism(make_config(train={"deterministic": asked}))
+        assert torch.are_deterministic_algorithms_enabled() is asked
 
 
 def test_the_seed_decides(finished: Finished, tmp_path: Path):
