@@ -77,23 +77,18 @@ def build_process_groups(layout: LayoutConfig, device_type: str) -> ProcessGroup
     sharding = mesh["data_shard", "context"]._flatten("fsdp")
     data = mesh["data_replicate", "data_shard"]._flatten("data")
     replicated = layout.data_replicate > 1
+    copies = mesh["data_replicate"]
     return ProcessGroupManager(
         mesh=mesh,
         **{name: _axis(mesh[name]) for name in AXES},
         data=_axis(data),
-        fsdp_mesh=_replicated_mesh(mesh, layout) if replicated else sharding,
+        fsdp_mesh=DeviceMesh._concatenate([copies, sharding]) if replicated else sharding,
         pipeline_gradients=_second_pipeline_group(mesh),
     )
 
 
 def _axis(mesh: DeviceMesh) -> Axis:
     return Axis(size=mesh.size(), rank=mesh.get_local_rank(), group=mesh.get_group())
-
-
-def _replicated_mesh(mesh: DeviceMesh, layout: LayoutConfig) -> DeviceMesh:
-    if layout.context > 1:
-        raise NotImplementedError("context parallelism with data_replicate")
-    return mesh["data_replicate", "data_shard"]
 
 
 def _second_pipeline_group(mesh: DeviceMesh) -> dist.ProcessGroup:

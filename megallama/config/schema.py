@@ -80,7 +80,13 @@ class LayoutConfig(Section):
     tensor: Count = 1
     """Ranks that split each weight matrix; sequence parallelism is always on with it."""
     context: Count = 1
-    """Ranks that split each sequence."""
+    """Ranks that split each micro-batch's tokens."""
+    context_method: Literal["all_gather", "ring", "ulysses"] = "all_gather"
+    """How attention sees the tokens of other context ranks: all keys and values are gathered, or
+    go round a ring while attention computes, or tokens are exchanged for heads."""
+    context_balance: Literal["head_tail", "per_document"] = "head_tail"
+    """Which tokens a context rank gets: two chunks of the stream, one from each half, or a head and
+    a tail of every document, which evens out the work when documents differ in length."""
     pipeline: Count = 1
     """Ranks that split the layers."""
     data_shard: Annotated[int, Field(ge=-1, le=LARGEST)] = -1

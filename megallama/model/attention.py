@@ -1,23 +1,44 @@
 """Causal grouped-query attention over packed documents.
 
 Dense micro-batches (rows of one length) go to scaled_dot_product_attention. Packed ones go to
-FlexAttention on a GPU, and document by document on CPU.
+FlexAttention on a GPU, and segment by segment on CPU: each segment is a run of queries from one
+document and the keys of that document up to the last of them.
+
+Queries may be a part of the stream, as under context parallelism: `queries` are the ranges of the
+stream whose queries are at hand, one after the other.
 """
 
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import (
+    AuxRequest,
+    BlockMask,
+    create_block_mask,
+    flex_attention,
+)
 
 from megallama.config.schema import ModelConfig
 from megallama.model.precision import at_least_float32
 from megallama.model.rope import rotary_table
+
+
+class Segment(NamedTuple):
+    """Queries of one document and the keys they may see: the last query sees all of these, each
+    query before it one less.
+    """
+
+    queries: tuple[int, int]
+    """Start and stop among the queries at hand."""
+    keys: tuple[int, int]
+    """Start and stop in the stream."""
 
 
 @dataclass(frozen=True)
@@ -25,12 +46,15 @@ class AttentionPlan:
     """All that attention needs to know of one micro-batch, made once on the host for all layers."""
 
     cos: Tensor
-    """`[T, 1, head_dim/2]`, float32 or float64."""
+    """`[T, 1, head_dim/2]` for the tokens whose queries are at hand, float32 or float64."""
     sin: Tensor
+    key_cos: Tensor
+    """The same for the tokens whose keys the block projects or receives."""
+    key_sin: Tensor
     dense_rows: int | None
     """Rows of equal length, each one document; None if documents differ in length."""
-    cu_seqlens: tuple[int, ...]
-    """Document borders 0 … T."""
+    segments: tuple[Segment, ...]
+    """What each query sees, on CPU."""
     block_mask: BlockMask | None
     """Same-document-and-causal blocks for FlexAttention; None on CPU or when dense."""
 
@@ -41,28 +65,56 @@ def plan_attention(
     cu_seqlens: Sequence[int],
     *,
     dtype: torch.dtype,
+    queries: Sequence[range] | None = None,
 ) -> AttentionPlan:
     """Plan one micro-batch.
 
     Args:
         config: shape of the model.
-        position_ids: `[T]` on the device that computes.
+        position_ids: `[T]` of the whole stream, on the device that computes.
         cu_seqlens: document borders 0 … T, on the host.
         dtype: of activations; the rotary table takes it or float32, whichever is wider.
+        queries: ranges of the stream whose queries are at hand, ascending; all by default.
 
     """
     lengths = {stop - start for start, stop in pairwise(cu_seqlens)}
-    dense = len(lengths) == 1
+    dense = len(lengths) == 1 and queries is None
     table_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-    cos, sin = rotary_table(config, position_ids, table_dtype)
+    cos, sin = key_cos, key_sin = rotary_table(config, position_ids, table_dtype)
+    if queries is not None:
+        at_hand = stream_index(queries, position_ids.device)
+        cos, sin = cos[at_hand], sin[at_hand]
+    queries = [range(cu_seqlens[-1])] if queries is None else queries
     packed_on_gpu = position_ids.is_cuda and not dense
     return AttentionPlan(
         cos=cos,
         sin=sin,
+        key_cos=key_cos,
+        key_sin=key_sin,
         dense_rows=len(cu_seqlens) - 1 if dense else None,
-        cu_seqlens=tuple(cu_seqlens),
-        block_mask=_document_mask(cu_seqlens, position_ids.device) if packed_on_gpu else None,
+        segments=tuple(_segments(cu_seqlens, queries)),
+        block_mask=(
+            block_mask(cu_seqlens, queries, [range(cu_seqlens[-1])], position_ids.device)
+            if packed_on_gpu
+            else None
+        ),
     )
+
+
+def stream_index(ranges: Sequence[range], device: torch.device) -> Tensor:
+    """Places in the stream of the tokens in some ranges of it, int64."""
+    return torch.cat([torch.arange(r.start, r.stop) for r in ranges]).to(device)
+
+
+def _segments(cu_seqlens: Sequence[int], queries: Sequence[range]) -> Iterator[Segment]:
+    at = 0
+    for span in queries:
+        document = bisect_right(cu_seqlens, span.start) - 1
+        first = span.start
+        while first < span.stop:
+            last = min(cu_seqlens[document + 1], span.stop)
+            yield Segment((at, at + last - first), (cu_seqlens[document], last))
+            at, first, document = at + last - first, last, document + 1
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor:
@@ -81,8 +133,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor:
     if plan.dense_rows is not None:
         return _causal_rows(q, k, v, plan.dense_rows)
     if plan.block_mask is not None:
-        return _flex(q, k, v, plan.block_mask)
-    return _document_by_document(q, k, v, plan)
+        return flex(q, k, v, plan.block_mask)
+    return _segment_by_segment(q, k, v, plan)
 
 
 def _causal_rows(q: Tensor, k: Tensor, v: Tensor, rows: int) -> Tensor:
@@ -92,22 +144,44 @@ def _causal_rows(q: Tensor, k: Tensor, v: Tensor, rows: int) -> Tensor:
 
 
 @torch.compiler.disable  # borders differ from batch to batch: each would be compiled anew
-def _document_by_document(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor:
-    sizes = [stop - start for start, stop in pairwise(plan.cu_seqlens)]
-    documents = zip(q.split(sizes), k.split(sizes), v.split(sizes), strict=True)
-    return torch.cat([_causal_rows(*document, rows=1) for document in documents])
+def _segment_by_segment(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor:
+    return torch.cat([_one_segment(q, k, v, segment) for segment in plan.segments])
 
 
-def _document_mask(cu_seqlens: Sequence[int], device: torch.device) -> BlockMask:
-    T = cu_seqlens[-1]
-    starts = torch.zeros(T, dtype=torch.int32)
-    starts[[border for border in cu_seqlens[1:] if border < T]] = 1
-    document = starts.cumsum(0).to(device)
+def _one_segment(q: Tensor, k: Tensor, v: Tensor, segment: Segment) -> Tensor:
+    queries, keys = slice(*segment.queries), slice(*segment.keys)
+    q, k, v = (x.transpose(0, 1)[None] for x in (q[queries], k[keys], v[keys]))
+    length, seen = q.shape[2], k.shape[2]
+    square = length == seen
+    mask = None if square else torch.ones(length, seen, dtype=torch.bool).tril(seen - length)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=square, enable_gqa=True)
+    return out[0].transpose(0, 1)
+
+
+def block_mask(
+    cu_seqlens: Sequence[int],
+    queries: Sequence[range],
+    keys: Sequence[range],
+    device: torch.device,
+) -> BlockMask:
+    """FlexAttention's mask for queries and keys from some ranges of the stream."""
+    document = documents(cu_seqlens).to(device)
+    q_at, k_at = stream_index(queries, device), stream_index(keys, device)
+    q_document, k_document = document[q_at], document[k_at]
 
     def same_document_and_causal(_b: Tensor, _h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        return (document[i] == document[j]) & (i >= j)
+        return (q_document[i] == k_document[j]) & (q_at[i] >= k_at[j])
 
-    return create_block_mask(same_document_and_causal, None, None, T, T, device=str(device))
+    return create_block_mask(
+        same_document_and_causal, None, None, len(q_at), len(k_at), device=str(device)
+    )
+
+
+def documents(cu_seqlens: Sequence[int]) -> Tensor:
+    """The document each token of the stream is in, `[T]` int32."""
+    lengths = [stop - start for start, stop in pairwise(cu_seqlens)]
+    numbers = torch.arange(len(lengths), dtype=torch.int32)
+    return numbers.repeat_interleave(torch.tensor(lengths))
 
 
 @cache
@@ -115,10 +189,56 @@ def _compiled_flex() -> Any:
     return torch.compile(flex_attention, dynamic=False)
 
 
-def _flex(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask) -> Tensor:
+def flex(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask) -> Tensor:
+    """FlexAttention, compiled; shapes as `attend`."""
     by_head = [x.transpose(0, 1)[None] for x in (q, k, v)]
     out = _compiled_flex()(*by_head, block_mask=block_mask, enable_gqa=True)
     return out[0].transpose(0, 1)
+
+
+Visible = Tensor | BlockMask
+"""Which queries see which keys: `[T, S]` bool on CPU, a block mask on a GPU."""
+
+
+def visible(
+    cu_seqlens: Sequence[int], queries: Sequence[range], keys: Sequence[range], device: torch.device
+) -> Visible:
+    """Which queries see which keys, both from some ranges of the stream."""
+    if device.type == "cuda":
+        return block_mask(cu_seqlens, queries, keys, device)
+    document = documents(cu_seqlens)
+    q_at, k_at = stream_index(queries, device), stream_index(keys, device)
+    return (document[q_at][:, None] == document[k_at]) & (q_at[:, None] >= k_at)
+
+
+def attend_in_part(q: Tensor, k: Tensor, v: Tensor, seen: Visible) -> tuple[Tensor, Tensor]:
+    """Attention over some of the keys, such that results over all of them can be added up.
+
+    Args:
+        q: `[T, Hq, head_dim]`, rotated.
+        k: `[S, Hkv, head_dim]`, rotated.
+        v: `[S, Hkv, head_dim]`.
+        seen: of these queries and keys.
+
+    Returns:
+        `[T, Hq, head_dim]` and the log-sum-exp of the scores `[T, Hq]`, both at least float32:
+        0 and -inf where a query sees no key.
+
+    """
+    if isinstance(seen, BlockMask):
+        by_head = [x.transpose(0, 1)[None] for x in (q, k, v)]
+        out, aux = _compiled_flex()(
+            *by_head, block_mask=seen, enable_gqa=True, return_aux=AuxRequest(lse=True)
+        )
+        return at_least_float32(out[0].transpose(0, 1)), aux.lse[0].transpose(0, 1)
+    q, k, v = (at_least_float32(x) for x in (q, k, v))
+    grouped = q.unflatten(1, (k.shape[1], -1))
+    scores = torch.einsum("qhgk,shk->hgqs", grouped, k) * q.shape[-1] ** -0.5
+    scores = scores.masked_fill(~seen, float("-inf"))
+    log_sum_exp = scores.logsumexp(-1, keepdim=True)
+    weights = (scores - log_sum_exp.masked_fill(log_sum_exp.isinf(), 0.0)).exp()
+    out = torch.einsum("hgqs,shk->qhgk", weights, v).flatten(1, 2)
+    return out, log_sum_exp[..., 0].permute(2, 0, 1).flatten(1)
 
 
 def reference_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Sequence[int]) -> Tensor:

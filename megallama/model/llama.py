@@ -70,10 +70,10 @@ class Block(nn.Module):
         return x + self._feed_forward(rms_norm(x, self._local("ffn_norm"), self.eps))
 
     def _attention(self, x: Tensor, plan: AttentionPlan) -> Tensor:
-        q, kv = self.seams.enter(x, self._local("wq"), self._local("wkv"))
+        q, kv = self.seams.enter_attention(x, self._local("wq"), self._local("wkv"), plan)
         q = q.unflatten(-1, (-1, self.head_dim))
         k, v = kv.unflatten(-1, (-1, 2, self.head_dim)).unbind(-2)
-        q, k = rotate(q, plan.cos, plan.sin), rotate(k, plan.cos, plan.sin)
+        q, k = rotate(q, plan.cos, plan.sin), rotate(k, plan.key_cos, plan.key_sin)
         out = self.seams.attend(q, k, v, plan)
         return self.seams.leave(out.flatten(1), self._local("wo"))
 

@@ -1,8 +1,9 @@
-"""Where parallelism meets the model: five callables whose defaults do nothing but the arithmetic.
+"""Where parallelism meets the model: a few callables whose defaults do nothing but the arithmetic.
 
 The model calls these and knows no more. `megallama.parallel` supplies versions that communicate.
 Letters: T tokens of one rank's micro-batch, d hidden, F ffn, V padded vocabulary, H heads,
-K head_dim; `t` tensor-parallel ranks.
+K head_dim; `t` tensor-parallel ranks; S tokens whose keys attention sees: T, or all those of the
+context-parallel group.
 """
 
 from collections.abc import Callable
@@ -27,6 +28,13 @@ def project(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
     return tuple(F.linear(x, weight) for weight in weights)
 
 
+def project_attention(
+    x: Tensor, wq: Tensor, wkv: Tensor, _plan: AttentionPlan
+) -> tuple[Tensor, ...]:
+    """`x [T, d]` -> `q [T, Hq*K]`, `kv [T, Hkv*2*K]`."""
+    return project(x, wq, wkv)
+
+
 def cross_entropy(logits: Tensor, labels: Tensor, vocab: int) -> Tensor:
     """Per-token loss in nats, `[T]`, at least float32; 0 where the label is ignored.
 
@@ -48,10 +56,14 @@ class Seams:
     """`(name, parameter)` -> the part this rank computes with; names as in `placements.py`."""
     enter: Callable[..., tuple[Tensor, ...]] = project
     """`(x [T/t, d], *weights)` -> projections of all T tokens onto this rank's features."""
+    enter_attention: Callable[[Tensor, Tensor, Tensor, AttentionPlan], tuple[Tensor, ...]] = (
+        project_attention
+    )
+    """`(x [T/t, d], wq, wkv, plan)` -> `q [T, Hq/t*K]`, `kv [S, Hkv/t*2*K]`."""
     leave: Callable[[Tensor, Tensor], Tensor] = F.linear
     """`(x [T, n/t], weight [d, n/t])` -> `[T/t, d]`, summed over the ranks that hold features."""
     attend: Callable[[Tensor, Tensor, Tensor, AttentionPlan], Tensor] = attend
-    """`(q [T, Hq, K], k, v [T, Hkv, K], plan)` -> `[T, Hq, K]`."""
+    """`(q [T, Hq, K], k, v [S, Hkv, K], plan)` -> `[T, Hq, K]`."""
     embed: Callable[[Tensor, Tensor], Tensor] = F.embedding
     """`(tokens [T], weight [V/t, d])` -> `[T/t, d]`."""
     cross_entropy: Callable[[Tensor, Tensor, int], Tensor] = cross_entropy

@@ -38,6 +38,13 @@ def reduce_scatter(x: Tensor, group: ProcessGroup) -> Tensor:
     return finish(start_reduce_scatter(x, group))
 
 
+def all_to_all(x: Tensor, group: ProcessGroup) -> Tensor:
+    """`[n, ...]`: the i-th part goes to rank i, and rank i's comes in its place."""
+    x = x.contiguous()
+    parts = [1] * group.size()
+    return finish(_ops.all_to_all_single(x, parts, parts, group.group_name))
+
+
 def all_reduce(x: Tensor, operation: str, group: ProcessGroup) -> Tensor:
     """`x` reduced over the group by `sum` or `max`; the argument is left alone."""
     return finish(_ops.all_reduce(x.contiguous(), operation, group.group_name))

@@ -1,6 +1,6 @@
 """Applies every axis around the plain model, in the one order that works.
 
-stage -> tensor parallel -> activation checkpointing and compile -> FSDP -> memory and weights.
+stage -> tensor and context seams -> activation checkpointing, compile -> FSDP -> memory, weights.
 """
 
 import torch
@@ -9,6 +9,7 @@ from megallama.config.schema import Config
 from megallama.mesh import ProcessGroupManager
 from megallama.model.llama import Llama
 from megallama.model.seams import Seams
+from megallama.parallel.context.compose import context_seams
 from megallama.parallel.data import COMPUTE_DTYPE, MASTER_DTYPE, shard_over_data
 from megallama.parallel.materialize import materialize
 from megallama.parallel.pipeline.runtime import PipelineStage
@@ -29,7 +30,10 @@ def build_stage(config: Config, groups: ProcessGroupManager, device: torch.devic
     model, layout, precision = config.model, config.layout, config.train.precision
     index, stages = groups.pipeline.rank, groups.pipeline.size
     split = groups.tensor.size > 1
-    seams = Seams(**tensor_seams(groups.tensor, model.kv_heads)) if split else Seams()  # type: ignore[arg-type]
+    seams = Seams(
+        **(tensor_seams(groups.tensor, model.kv_heads) if split else {})  # type: ignore[arg-type]
+        | context_seams(groups, layout.context_method)
+    )
     with torch.device("meta"):
         stage = Llama(
             model,

@@ -17,6 +17,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 from megallama.mesh import Axis, ProcessGroupManager
+from megallama.model.attention import AttentionPlan
 from megallama.model.precision import at_least_float32
 from megallama.model.seams import IGNORED_LABEL
 from megallama.parallel.collectives import (
@@ -123,6 +124,13 @@ def enter(group: ProcessGroup, x: Tensor, *weights: Tensor) -> tuple[Tensor, ...
     return _GatherAndProject.apply(group, x, *weights)
 
 
+def enter_attention(
+    group: ProcessGroup, x: Tensor, wq: Tensor, wkv: Tensor, _plan: AttentionPlan
+) -> tuple[Tensor, ...]:
+    """`Seams.enter_attention` over tensor ranks."""
+    return enter(group, x, wq, wkv)
+
+
 def leave(group: ProcessGroup, x: Tensor, weight: Tensor) -> Tensor:
     """`Seams.leave` over tensor ranks: one reduce-scatter of `[T, d]`."""
     return _ReduceScatterTokens.apply(F.linear(x, weight), group)
@@ -175,6 +183,7 @@ def tensor_seams(axis: Axis, kv_heads: int) -> dict[str, object]:
     return {
         "local": partial(local, axis, kv_heads),
         "enter": partial(enter, axis.group),
+        "enter_attention": partial(enter_attention, axis.group),
         "leave": partial(leave, axis.group),
         "embed": partial(embed, axis),
         "cross_entropy": partial(cross_entropy, axis),

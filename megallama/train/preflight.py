@@ -49,14 +49,6 @@ def not_yet(config: Config) -> list[Problem]:
     """Parts of a config that this version checks but does not run."""
     layout = config.layout
     problems = []
-    if layout.context > 1:
-        problems.append(
-            Problem(
-                "layout.context",
-                f"{layout.context}: this version checks and plans context parallelism but does not "
-                "train with it yet: set it to 1",
-            )
-        )
     if layout.schedule == "interleaved_1f1b":
         problems.append(
             Problem(

@@ -10,10 +10,10 @@ from torch.optim import AdamW
 from megallama.config.schema import Config
 from megallama.data.batch import Batch
 from megallama.mesh import ProcessGroupManager
-from megallama.model.attention import plan_attention
 from megallama.model.seams import IGNORED_LABEL
 from megallama.observe.mfu import attended_pairs
 from megallama.parallel.collectives import sum_over, sum_over_world
+from megallama.parallel.context.compose import Stream, plan_for_rank
 from megallama.parallel.data import MASTER_DTYPE, free_gathered_weights
 from megallama.parallel.pipeline.runtime import MicroBatch, PipelineStage, execute
 from megallama.parallel.pipeline.schedule import actions
@@ -130,16 +130,13 @@ def _run(trainer: Trainer, batches: Sequence[Batch], schedule: str) -> tuple[Ten
 
 def _to_device(batch: Batch, trainer: Trainer) -> MicroBatch:
     device, config = trainer.stage.device, trainer.config
-    return MicroBatch(
-        tokens=batch.tokens.to(device),
-        labels=batch.labels.to(device),
-        plan=plan_attention(
-            config.model,
-            batch.position_ids.to(device),
-            batch.cu_seqlens,
-            dtype=trainer.stage.message_dtype,
-        ),
-    )
+    positions, dtype = batch.position_ids.to(device), trainer.stage.message_dtype
+    stream = Stream(config.model, positions, batch.cu_seqlens, dtype)
+    held, plan = plan_for_rank(stream, config.layout, trainer.groups.context)
+    tokens, labels = batch.tokens.to(device), batch.labels.to(device)
+    if held is not None:
+        tokens, labels = tokens[held], labels[held]
+    return MicroBatch(tokens, labels, plan)
 
 
 def _counts(batches: Sequence[Batch]) -> Tensor:

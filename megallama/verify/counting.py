@@ -22,6 +22,7 @@ KINDS = {
     "_reduce_scatter_base_": "reduce-scatter",
     "all_reduce": "all-reduce",
     "allreduce_": "all-reduce",
+    "all_to_all_single": "all-to-all",
     "send": "message",
 }
 NOT_COUNTED = ("wait_tensor", "recv_", "_wrap_tensor_autograd")
@@ -64,6 +65,7 @@ def _axis_names(groups: ProcessGroupManager) -> Iterator[tuple[str, str]]:
     if sharding:
         yield groups.fsdp_mesh.get_group(0).group_name, "data_replicate"
     yield groups.fsdp_mesh.get_group(sharding).group_name, "data_shard"
+    yield groups.context.group.group_name, "context"
     yield groups.tensor.group.group_name, "tensor"
     yield groups.pipeline.group.group_name, "pipeline"
     yield groups.pipeline_gradients.group_name, "pipeline"

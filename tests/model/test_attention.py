@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.nn.attention.flex_attention import flex_attention
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from megallama.model import attention
 from megallama.model.attention import attend, plan_attention, reference_attention
@@ -98,7 +98,7 @@ def test_the_plan_takes_the_cheapest_path():
     assert plan_of(config, [16], torch.float32).dense_rows == 1
     packed = plan_of(config, [7, 9], torch.float32)
     assert packed.dense_rows is None
-    assert packed.cu_seqlens == (0, 7, 16)
+    assert packed.segments == (((0, 7), (0, 7)), ((7, 16), (7, 16)))
     assert packed.block_mask is None, "FlexAttention has no backward on CPU"
 
 
@@ -115,11 +115,16 @@ def test_the_table_is_at_least_float32(activations: torch.dtype, table: torch.dt
     assert plan.cos.dtype == plan.sin.dtype == table
 
 
+def whole_mask(lengths: list[int]) -> BlockMask:
+    everything = [range(sum(lengths))]
+    return attention.block_mask(borders_of(lengths), everything, everything, torch.device("cpu"))
+
+
 @given(lengths=documents)
 @settings(max_examples=25)
 def test_the_mask_for_flex_attention_is_the_definition(lengths: list[int]):
     T = sum(lengths)
-    mask = attention._document_mask(borders_of(lengths), torch.device("cpu"))
+    mask = whole_mask(lengths)
     document = [d for d, length in enumerate(lengths) for _ in range(length)]
     zero = torch.tensor(0)
     for i in range(T):
@@ -138,7 +143,7 @@ def test_flex_attention_skips_no_block_that_is_needed_and_computes_none_that_is_
     lengths: list[int],
 ):
     T = sum(lengths)
-    mask = attention._document_mask(borders_of(lengths), torch.device("cpu"))
+    mask = whole_mask(lengths)
     size, _ = mask.BLOCK_SIZE
     document = torch.tensor([d for d, length in enumerate(lengths) for _ in range(length)])
     visible = (document[:, None] == document[None]).tril()
@@ -153,9 +158,9 @@ def test_flex_attention_skips_no_block_that_is_needed_and_computes_none_that_is_
 def test_flex_path_equals_the_reference_in_eager_mode(lengths: list[int]):
     """The GPU's path through an uncompiled flex_attention, over more than one block."""
     q, k, v = (x.detach() for x in random_qkv(sum(lengths), 4, 2, 16, dtype=torch.float32))
-    mask = attention._document_mask(borders_of(lengths), torch.device("cpu"))
+    mask = whole_mask(lengths)
     with mock.patch.object(attention, "_compiled_flex", lambda: flex_attention):
-        out = attention._flex(q, k, v, mask)
+        out = attention.flex(q, k, v, mask)
     expected = reference_attention(q.double(), k.double(), v.double(), borders_of(lengths))
     torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
 

@@ -1,0 +1,143 @@
+"""Context parallelism by passing keys and values around a ring (Liu et al. 2023).
+
+Each rank sends its block on to the next while it attends to it; partial results are added by their
+log-sum-exps. No rank ever holds more than two blocks, and backward goes round once more.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from megallama.model.attention import AttentionPlan, Visible, attend_in_part
+from megallama.model.precision import at_least_float32
+
+
+@dataclass(frozen=True)
+class RingPlan(AttentionPlan):
+    """A plan for queries of this rank and one rank's keys at a time."""
+
+    visible: tuple[Visible, ...]
+    """What this rank's queries see of the block that arrives n-th: its own first, then that of the
+    rank before, and so on."""
+
+
+class _RingAttention(torch.autograd.Function):
+    """Forward: n-1 messages of keys and values. Backward: n-1 of these again, n of gradients."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, group: ProcessGroup, visible: Sequence[Visible], q: Tensor, kv: Tensor
+    ) -> Tensor:
+        ctx.group, ctx.visible = group, visible
+        block, passing = kv.contiguous(), None
+        parts: tuple[Tensor, Tensor] | None = None
+        for n, seen in enumerate(visible):
+            if n + 1 < len(visible):
+                passing = _start_pass(block, group)
+            k, v = block.chunk(2, dim=1)
+            part = attend_in_part(q, k, v, seen)
+            parts = part if parts is None else _add(parts, part)
+            if n + 1 < len(visible):
+                block = _finish_pass(passing)
+        assert parts is not None
+        out, log_sum_exp = parts
+        ctx.save_for_backward(q, kv, out, log_sum_exp)
+        return out.to(q.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, kv, out, log_sum_exp = ctx.saved_tensors
+        grad = at_least_float32(grad)
+        inner = (grad * out).sum(-1)
+        grad_q = torch.zeros_like(out)
+        block, passing = kv.contiguous(), None
+        grad_block = torch.zeros_like(at_least_float32(block))
+        last = len(ctx.visible) - 1
+        returning = None
+        for n, seen in enumerate(ctx.visible):
+            if n < last:
+                passing = _start_pass(block, ctx.group)
+            of_q, of_block = _part_gradients(q, block, seen, grad, inner, log_sum_exp)
+            grad_q += of_q
+            if returning is not None:
+                grad_block = _finish_pass(returning)
+            grad_block = grad_block + of_block
+            returning = _start_pass(grad_block, ctx.group)
+            if n < last:
+                block = _finish_pass(passing)
+        grad_block = _finish_pass(returning)
+        return None, None, grad_q.to(q.dtype), grad_block.to(kv.dtype)
+
+
+def _add(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Two results `[T, H, K]` over different keys into one, by their log-sum-exps `[T, H]`."""
+    total = torch.logaddexp(a[1], b[1])
+    return sum(out * _share(part, total)[..., None] for out, part in (a, b)), total  # type: ignore[return-value]
+
+
+def _share(part: Tensor, total: Tensor) -> Tensor:
+    """What of the softmax's weight lies in a part; 0 where that part sees no key."""
+    return torch.where(part == float("-inf"), 0.0, (part - total).exp())
+
+
+@torch.enable_grad()
+def _part_gradients(
+    q: Tensor, block: Tensor, seen: Visible, grad: Tensor, inner: Tensor, log_sum_exp: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the whole result through one block, which is attended to once more.
+
+    The result is the sum of exp(part's lse - lse) · part's out, so that out gets that share of
+    the gradient, and lse the share times (grad·part's out - grad·out).
+    """
+    q, block = (x.detach().requires_grad_() for x in (q, block))
+    k, v = block.chunk(2, dim=1)
+    out, part = attend_in_part(q, k, v, seen)
+    share = _share(part.detach(), log_sum_exp)
+    of_part = share * ((grad * out.detach()).sum(-1) - inner)
+    gradients = torch.autograd.grad((out, part), (q, block), (share[..., None] * grad, of_part))
+    of_q, of_block = (at_least_float32(g) for g in gradients)
+    return of_q, of_block
+
+
+_Pass = tuple[list[dist.Work], Tensor, Tensor]
+
+
+def _start_pass(block: Tensor, group: ProcessGroup) -> _Pass:
+    """Send a block to the next rank and receive the previous rank's."""
+    rank, size = group.rank(), group.size()
+    arriving = torch.empty_like(block)
+    works = dist.batch_isend_irecv(
+        [
+            dist.P2POp(dist.isend, block, group=group, group_peer=(rank + 1) % size),
+            dist.P2POp(dist.irecv, arriving, group=group, group_peer=(rank - 1) % size),
+        ]
+    )
+    return works, block, arriving
+
+
+def _finish_pass(passing: _Pass | None) -> Tensor:
+    assert passing is not None
+    works, _, arriving = passing
+    for work in works:
+        work.wait()
+    return arriving
+
+
+@torch.compiler.disable
+def attend_around(
+    group: ProcessGroup, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan
+) -> Tensor:
+    """`Seams.attend`."""
+    assert isinstance(plan, RingPlan)
+    return _RingAttention.apply(group, plan.visible, q, torch.cat([k, v], dim=1))
+
+
+def ring_seams(context: ProcessGroup) -> dict[str, object]:
+    """The seams that this method fills, by field name."""
+    return {"attend": partial(attend_around, context)}
