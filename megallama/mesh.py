@@ -37,6 +37,9 @@ class ProcessGroupManager:
     pipeline_gradients: dist.ProcessGroup
     """A second group over the pipeline's ranks: gradients travel against activations, and sharing
     one ordered channel could deadlock."""
+    tied_embedding: dist.ProcessGroup | None
+    """The pipeline's first and last rank, on those, if both hold the one weight of embedding and
+    head."""
 
     @property
     def tensor_mesh(self) -> DeviceMesh:
@@ -64,12 +67,15 @@ def coordinates_text(places: dict[str, tuple[int, int]]) -> str:
     return " · ".join(named) or "the only rank"
 
 
-def build_process_groups(layout: LayoutConfig, device_type: str) -> ProcessGroupManager:
+def build_process_groups(
+    layout: LayoutConfig, device_type: str, *, tie_embeddings: bool = False
+) -> ProcessGroupManager:
     """Create the mesh and its groups; torch.distributed must be initialised.
 
     Args:
         layout: with `data_shard` resolved; its product is the world size.
         device_type: `cuda` or `cpu`.
+        tie_embeddings: of the model.
 
     """
     sizes = axis_sizes(layout)
@@ -77,13 +83,17 @@ def build_process_groups(layout: LayoutConfig, device_type: str) -> ProcessGroup
     sharding = mesh["data_shard", "context"]._flatten("fsdp")
     data = mesh["data_replicate", "data_shard"]._flatten("data")
     replicated = layout.data_replicate > 1
+    gradients = _group_of(_pipelines(mesh))
+    assert gradients is not None, "every rank is in a pipeline"
     copies = mesh["data_replicate"]
+    shared = tie_embeddings and layout.pipeline > 1
     return ProcessGroupManager(
         mesh=mesh,
         **{name: _axis(mesh[name]) for name in AXES},
         data=_axis(data),
         fsdp_mesh=DeviceMesh._concatenate([copies, sharding]) if replicated else sharding,
-        pipeline_gradients=_second_pipeline_group(mesh),
+        pipeline_gradients=gradients,
+        tied_embedding=_group_of(_pipelines(mesh, ends=True)) if shared else None,
     )
 
 
@@ -91,9 +101,16 @@ def _axis(mesh: DeviceMesh) -> Axis:
     return Axis(size=mesh.size(), rank=mesh.get_local_rank(), group=mesh.get_group())
 
 
-def _second_pipeline_group(mesh: DeviceMesh) -> dist.ProcessGroup:
+def _pipelines(mesh: DeviceMesh, *, ends: bool = False) -> list[list[int]]:
+    """The ranks of every pipeline, or just the first and the last of each."""
     pipeline_dim = AXES.index("pipeline")
-    members = mesh.mesh.movedim(pipeline_dim, -1).reshape(-1, mesh.size(pipeline_dim)).tolist()
-    group, _ = dist.new_subgroups_by_enumeration(members)
-    assert group is not None, "every rank is on the pipeline axis"
-    return group
+    lines = mesh.mesh.movedim(pipeline_dim, -1).reshape(-1, mesh.size(pipeline_dim)).tolist()
+    return [[line[0], line[-1]] for line in lines] if ends else lines
+
+
+def _group_of(members: list[list[int]]) -> dist.ProcessGroup | None:
+    """A group for each list of ranks; the one this rank is in. Called by all ranks alike."""
+    groups = [dist.new_group(ranks) for ranks in members]
+    rank = dist.get_rank()
+    mine = [group for ranks, group in zip(members, groups, strict=True) if rank in ranks]
+    return mine[0] if mine else None

@@ -125,7 +125,8 @@ def _readable(
     fields: dict[str, Any] = {}
     for name, field in section.model_fields.items():
         inner, here = section_of(field.annotation), (*path, name)
-        if here in bad or (name not in data and field.is_required()):
+        damaged = inner is None and any(place[: len(here)] == here for place in bad)
+        if here in bad or damaged or (name not in data and field.is_required()):
             continue
         value = data[name] if name in data else field.get_default(call_default_factory=True)
         nested = inner is not None and isinstance(value, dict)

@@ -87,7 +87,10 @@ def _tensor_complaints(config: Config, tensor: int) -> list[str]:
 def _stages_have_layers(config: Config) -> Iterator[Problem]:
     layers, layout = config.model.layers, config.layout
     stages = layout.pipeline * layout.virtual_stages
-    if stages <= layers:
+    # Where a rank has several stages, the first and the last of all may have no layer: they have
+    # the embedding and the head (Llama 3 405B: 126 layers, 128 stages).
+    spare = 2 if layout.virtual_stages > 1 else 0
+    if stages <= layers + spare:
         return
     if layout.pipeline > layers:
         what = f"{layout.pipeline} ranks are more than model.layers = {layers}"
@@ -97,7 +100,7 @@ def _stages_have_layers(config: Config) -> Iterator[Problem]:
         f"layout.pipeline {layout.pipeline} × layout.virtual_stages {layout.virtual_stages} = "
         f"{stages} stages are more than model.layers = {layers}"
     )
-    most = layers // layout.pipeline
+    most = (layers + spare) // layout.pipeline
     choice = _at_most(most) if most > 1 else "1 with schedule: 1f1b"
     yield Problem("layout.virtual_stages", f"{what}: use {choice}")
 
@@ -202,11 +205,73 @@ def _data_shard_is_not_zero(config: Config) -> Iterator[Problem]:
         )
 
 
-def _tied_embeddings_stay_together(config: Config) -> Iterator[Problem]:
-    pipeline = config.layout.pipeline
-    if config.model.tie_embeddings and pipeline > 1:
-        what = f"{pipeline} with model.tie_embeddings: true is not supported yet"
-        yield Problem("layout.pipeline", f"{what}: use pipeline: 1 or tie_embeddings: false")
+def _interleaving_has_a_pipeline(config: Config) -> Iterator[Problem]:
+    schedule, pipeline = config.layout.schedule, config.layout.pipeline
+    if schedule == "interleaved_1f1b" and pipeline == 1:
+        yield Problem(
+            "layout.schedule",
+            "interleaved_1f1b needs layout.pipeline of 2 or more, which is 1: "
+            "use 1f1b with virtual_stages: 1, or 2 pipeline ranks",
+        )
+
+
+def _given_stages_hold_the_layers(config: Config) -> Iterator[Problem]:
+    given, layers = config.layout.stage_layers, config.model.layers
+    if given is None:
+        return
+    layout = config.layout
+    stages = layout.pipeline * layout.virtual_stages
+    if len(given) != stages:
+        yield Problem(
+            "layout.stage_layers",
+            f"{len(given)} numbers for layout.pipeline {layout.pipeline} × layout.virtual_stages "
+            f"{layout.virtual_stages} = {stages} stages: give one for each stage, or leave it out",
+        )
+    elif sum(given) != layers:
+        yield Problem(
+            "layout.stage_layers",
+            f"{given} adds up to {sum(given)}, and model.layers is {layers}: change a stage by "
+            f"{layers - sum(given):+d}, or leave it out",
+        )
+    elif 0 in given[1:-1] or given == [0]:
+        yield Problem(
+            "layout.stage_layers",
+            f"{given} leaves a stage in the middle without a layer: only the first and the last "
+            "may have 0, or leave it out",
+        )
+
+
+def _exchanged_heads_are_even(config: Config) -> Iterator[Problem]:
+    layout, model = config.layout, config.model
+    if layout.context_method != "ulysses" or layout.context == 1:
+        return
+    if model.heads % layout.tensor:
+        return  # another rule says so
+    heads, kv_heads = model.heads // layout.tensor, max(1, model.kv_heads // layout.tensor)
+    fits = [n for n in range(1, heads + 1) if _exchanges(n, heads, kv_heads)]
+    if layout.context not in fits:
+        what = (
+            f"{layout.context} ranks cannot exchange tokens for the {heads} query and {kv_heads} "
+            "key/value heads that a tensor rank has"
+        )
+        nearest = sorted(sorted(fits, key=lambda n: abs(n - layout.context))[:3])
+        yield Problem(
+            "layout.context", f"{what}: use {either(nearest)}, or context_method: all_gather"
+        )
+
+
+def _exchanges(context: int, heads: int, kv_heads: int) -> bool:
+    return heads % context == 0 and (kv_heads % context == 0 or context % kv_heads == 0)
+
+
+def _exchange_needs_no_balance(config: Config) -> Iterator[Problem]:
+    layout = config.layout
+    if layout.context_method == "ulysses" and layout.context_balance != "head_tail":
+        yield Problem(
+            "layout.context_balance",
+            f"{layout.context_balance} is for all_gather and ring: every rank attends to the whole "
+            "stream under context_method: ulysses. Leave it out",
+        )
 
 
 RULES: tuple[Callable[[Config], Iterator[Problem]], ...] = (
@@ -222,7 +287,10 @@ RULES: tuple[Callable[[Config], Iterator[Problem]], ...] = (
     _decay_fits_after_warmup,
     _min_lr_is_below_peak,
     _data_shard_is_not_zero,
-    _tied_embeddings_stay_together,
+    _interleaving_has_a_pipeline,
+    _given_stages_hold_the_layers,
+    _exchanged_heads_are_even,
+    _exchange_needs_no_balance,
 )
 
 

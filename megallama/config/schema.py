@@ -98,6 +98,12 @@ class LayoutConfig(Section):
     """Order of forwards and backwards over pipeline stages."""
     virtual_stages: Count = 1
     """Stages per pipeline rank; above 1 only with interleaved_1f1b."""
+    micro_batch_group: Count | None = None
+    """Micro-batches that pass one virtual stage before its rank turns to the next (N of Llama 3,
+    section 3.3.2); default `pipeline`, and never fewer while there are that many."""
+    stage_layers: Annotated[list[NonNegative], Field(min_length=1)] | None = None
+    """Layers of each stage, in order; only the first and the last may have 0. Default: balanced by
+    cost, embedding and head included."""
     micro_batch: Count = 1
     """Sequences in one forward pass of one data-parallel rank."""
     reshard_after_forward: bool | None = None

@@ -5,7 +5,9 @@ Hq/Hkv heads, K head_dim. Head and feature counts come from the weights at hand,
 a slice of every weight runs the same lines. Everything parallel enters through `Seams`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import chain
 
 import torch
 import torch.nn.functional as F
@@ -108,17 +110,27 @@ class Head(nn.Module):
         return self.seams.cross_entropy(logits, labels, self.vocab)
 
 
-class Llama(nn.Module):
-    """The whole model, or the consecutive layers of it that one pipeline stage holds.
+@dataclass(frozen=True)
+class Part:
+    """Consecutive layers that run together: all of a model, or one stage of a pipeline."""
 
-    Parameter names do not depend on the layout: layer 3 is `layers.3` on whatever stage.
+    layers: range
+    first: bool = True
+    """The embedding comes before them."""
+    last: bool = True
+    """The final norm and the head come after them."""
+
+
+class Llama(nn.Module):
+    """The whole model, or the parts of it that one pipeline rank holds.
+
+    Parameter names do not depend on the layout: layer 3 is `layers.3` on whatever rank. A tied
+    weight is `embed.weight` on a rank that has only the head, too.
 
     Args:
         config: shape of the whole model.
         seams: what this rank does differently.
-        layers: the blocks this stage holds; all by default.
-        first: holds the embedding.
-        last: holds the final norm and the head.
+        parts: what this rank holds, in the order of the layers; everything by default.
 
     """
 
@@ -126,34 +138,42 @@ class Llama(nn.Module):
         self,
         config: ModelConfig,
         seams: Seams | None = None,
-        layers: range | None = None,
-        *,
-        first: bool = True,
-        last: bool = True,
+        parts: Sequence[Part] | None = None,
     ) -> None:
         super().__init__()
         seams = seams or Seams()
-        layers = range(config.layers) if layers is None else layers
-        self.embed = Embedding(config, seams) if first else None
+        self.parts = tuple(parts or [Part(range(config.layers))])
+        first, last = (any(getattr(p, end) for p in self.parts) for end in ("first", "last"))
+        holds_embedding = first or (last and config.tie_embeddings)
+        self.embed = Embedding(config, seams) if holds_embedding else None
+        layers = chain.from_iterable(part.layers for part in self.parts)
         self.layers = nn.ModuleDict({str(i): Block(config, seams) for i in layers})
         tied_to = self.embed if config.tie_embeddings else None
         self.head = Head(config, seams, tied_to) if last else None
 
-    def forward(self, x: Tensor, plan: AttentionPlan, labels: Tensor | None = None) -> Tensor:
-        """Run this stage.
+    def forward(
+        self, x: Tensor, plan: AttentionPlan, labels: Tensor | None = None, part: int = 0
+    ) -> Tensor:
+        """Run one part.
 
         Args:
-            x: tokens `[T]` int64 on the first stage, else the stream `[T, d]`.
+            x: tokens `[T]` int64 for the first part of the model, else the stream `[T, d]`.
             plan: of this micro-batch.
-            labels: `[T]` int64, on the last stage when the loss is wanted.
+            labels: `[T]` int64, for the last part of the model when the loss is wanted.
+            part: which of `parts`.
 
         Returns:
-            The stream `[T, d]`; on the last stage per-token losses `[T]`, or logits `[T, vocab]`
-            if there are no labels.
+            The stream `[T, d]`; of the model's last part per-token losses `[T]`, or logits
+            `[T, vocab]` if there are no labels.
 
         """
-        if self.embed is not None:
+        this = self.parts[part]
+        if this.first:
+            assert self.embed is not None
             x = self.embed(x)
-        for block in self.layers.values():
-            x = block(x, plan)
-        return x if self.head is None else self.head(x, labels)
+        for i in this.layers:
+            x = self.layers[str(i)](x, plan)
+        if not this.last:
+            return x
+        assert self.head is not None
+        return self.head(x, labels)

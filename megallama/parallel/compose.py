@@ -7,18 +7,18 @@ import torch
 
 from megallama.config.schema import Config
 from megallama.mesh import ProcessGroupManager
-from megallama.model.llama import Llama
+from megallama.model.llama import Llama, Part
 from megallama.model.seams import Seams
 from megallama.parallel.context.compose import context_seams
 from megallama.parallel.data import COMPUTE_DTYPE, MASTER_DTYPE, shard_over_data
 from megallama.parallel.materialize import materialize
-from megallama.parallel.pipeline.runtime import PipelineStage
-from megallama.parallel.pipeline.split import split_layers
+from megallama.parallel.pipeline.runtime import LocalStages
+from megallama.parallel.pipeline.split import end_costs, given_split, split_layers
 from megallama.parallel.recompute import wrap_block
 from megallama.parallel.tensor import shard_over_tensor, tensor_seams
 
 
-def build_stage(config: Config, groups: ProcessGroupManager, device: torch.device) -> PipelineStage:
+def build_stages(config: Config, groups: ProcessGroupManager, device: torch.device) -> LocalStages:
     """This rank's part of the model, sharded, initialised, ready to train.
 
     Args:
@@ -28,39 +28,54 @@ def build_stage(config: Config, groups: ProcessGroupManager, device: torch.devic
 
     """
     model, layout, precision = config.model, config.layout, config.train.precision
-    index, stages = groups.pipeline.rank, groups.pipeline.size
     split = groups.tensor.size > 1
     seams = Seams(
         **(tensor_seams(groups.tensor, model.kv_heads) if split else {})  # type: ignore[arg-type]
         | context_seams(groups, layout.context_method)
     )
+    ranges = layers_of_stages(config)
+    parts = [
+        Part(ranges[s], first=s == 0, last=s == len(ranges) - 1)
+        for s in range(groups.pipeline.rank, len(ranges), groups.pipeline.size)
+    ]
     with torch.device("meta"):
-        stage = Llama(
-            model,
-            seams,
-            split_layers(model.layers, stages)[index],
-            first=index == 0,
-            last=index == stages - 1,
-        ).to(MASTER_DTYPE[precision])
+        module = Llama(model, seams, parts).to(MASTER_DTYPE[precision])
     if split:
-        shard_over_tensor(stage, groups, model.kv_heads)
-    for block in stage.layers.values():
+        shard_over_tensor(module, groups, model.kv_heads)
+    for block in module.layers.values():
         wrap_block(
             block,  # type: ignore[arg-type]
             activation_checkpointing=config.train.activation_checkpointing,
             compile_block=config.train.compile,
         )
     reshard = layout.reshard_after_forward
-    reshard = stages == 1 if reshard is None else reshard
-    shard_over_data(stage, groups.fsdp_mesh, precision=precision, reshard_after_forward=reshard)
-    materialize(stage, model, groups, config.train.seed, device)
+    reshard = layout.pipeline == 1 if reshard is None else reshard
+    shard_over_data(module, groups.fsdp_mesh, precision=precision, reshard_after_forward=reshard)
+    materialize(module, model, groups, config.train.seed, device)
     tokens = config.data.seq_len * layout.micro_batch // layout.context
-    return PipelineStage(
-        module=stage,
-        index=index,
-        stages=stages,
+    return LocalStages(
+        module=module,
+        count=len(ranges),
         reshard_after_forward=reshard,
         message_shape=(tokens // layout.tensor, model.hidden),
         message_dtype=COMPUTE_DTYPE[precision],
         device=device,
     )
+
+
+def layers_of_stages(config: Config) -> list[range]:
+    """The layers of each pipeline stage: as the layout gives them, or balanced by cost."""
+    model, layout = config.model, config.layout
+    if layout.stage_layers is not None:
+        return given_split(layout.stage_layers, model.layers)
+    first, last = end_costs(
+        hidden=model.hidden,
+        heads=model.heads,
+        kv_heads=model.kv_heads,
+        head_dim=model.head_dim,
+        ffn=model.ffn,
+        vocab=model.vocab,
+        seq_len=config.data.seq_len,
+    )
+    stages = layout.pipeline * layout.virtual_stages
+    return split_layers(model.layers, stages, first_cost=first, last_cost=last)

@@ -6,6 +6,7 @@ global batch.
 """
 
 import torch
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
@@ -16,12 +17,12 @@ MASTER_DTYPE = {"bf16": torch.float32, "fp32": torch.float32, "fp64": torch.floa
 
 
 def shard_over_data(
-    stage: Llama, mesh: DeviceMesh, *, precision: str, reshard_after_forward: bool
+    module: Llama, mesh: DeviceMesh, *, precision: str, reshard_after_forward: bool
 ) -> None:
-    """Shard a stage's parameters over the mesh's last dimension, block by block.
+    """Shard a rank's parameters over the mesh's last dimension, block by block.
 
     Args:
-        stage: on the meta device, tensor parallelism already applied.
+        module: on the meta device, tensor parallelism already applied.
         mesh: 1-D (FSDP) or 2-D (replicate x shard).
         precision: `bf16` gathers and computes in bf16, accumulates and reduces over data in fp32.
         reshard_after_forward: free each block's gathered weights until backward (ZeRO-3).
@@ -34,35 +35,50 @@ def shard_over_data(
         if precision == "bf16"
         else MixedPrecisionPolicy(cast_forward_inputs=False)
     )
-    for block in stage.layers.values():
+    for block in module.layers.values():
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
-    tied = stage.embed is not None and stage.head is not None
-    tied = tied and stage.embed.weight is stage.head.weight  # type: ignore[union-attr]
-    for end in (stage.embed, stage.head):
+    tied = module.embed is not None and module.head is not None
+    tied = tied and module.embed.weight is module.head.weight  # type: ignore[union-attr]
+    for end in (module.embed, module.head):
         if end is not None and not tied:
             fully_shard(end, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
-    fully_shard(stage, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
-    for module in stage.modules():
-        if isinstance(module, FSDPModule):
-            module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)
+    fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    for child in module.modules():
+        if isinstance(child, FSDPModule):
+            child.set_gradient_divide_factor(1.0)
+            child.set_force_sum_reduction_for_comms(True)
 
 
-def synchronize_gradients(stage: Llama, *, last: bool, reshard: bool) -> None:
-    """Say what the next backward of a stage does with gradients.
+def hold_gradients(module: Llama, *, reshard: bool) -> None:
+    """Before a step: no backward reduces gradients or frees weights until it is told to.
 
-    Weights that stay gathered accumulate whole gradients in fp32 and reduce them once, on the
-    stage's last backward (Llama 3, section 3.3.2). With ZeRO-3 there is no room for whole
-    gradients: each backward reduces, and the shards accumulate.
+    With ZeRO-3 there is no room for whole gradients: every backward does, and shards accumulate.
     """
-    assert isinstance(stage, FSDPModule)
-    stage.set_is_last_backward(last)
-    stage.set_requires_gradient_sync(last or reshard)
-    stage.set_reshard_after_backward(last or reshard)
+    assert isinstance(module, FSDPModule)
+    module.set_is_last_backward(False)
+    module.set_requires_gradient_sync(reshard)
+    module.set_reshard_after_backward(reshard)
 
 
-def free_gathered_weights(stage: Llama) -> None:
-    """Return a stage to its sharded parameters, where no backward did: after evaluation."""
-    for module in stage.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
+def release_gradients(module: Llama, part: int, *, last_of_rank: bool) -> None:
+    """The next backward is the last of a part: reduce its gradients, once, and free its weights
+    (Llama 3, section 3.3.2). A tied weight belongs to two parts and waits for the rank's last.
+    """
+    assert isinstance(module, FSDPModule)
+    this = module.parts[part]
+    released: list[nn.Module | None] = [module.layers[str(i)] for i in this.layers]
+    released += [module.embed] if this.first else []
+    released += [module.head] if this.last else []
+    released += [module] if last_of_rank else []
+    for child in released:
+        if isinstance(child, FSDPModule):
+            child.set_requires_gradient_sync(True, recurse=False)
+            child.set_reshard_after_backward(True, recurse=False)
+    module.set_is_last_backward(last_of_rank)
+
+
+def free_gathered_weights(module: Llama) -> None:
+    """Return a module to its sharded parameters, where no backward did: after evaluation."""
+    for child in module.modules():
+        if isinstance(child, FSDPModule):
+            child.reshard()

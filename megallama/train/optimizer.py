@@ -8,7 +8,11 @@ from torch.optim import AdamW
 from megallama.config.schema import OptimizerConfig
 from megallama.mesh import ProcessGroupManager
 from megallama.model.precision import at_least_float32
+from megallama.parallel.collectives import sum_over
 from megallama.parallel.placements import placement
+
+TIED = "embed.weight"
+"""Global name of the weight that embedding and head may share."""
 
 
 def build_optimizer(module: nn.Module, config: OptimizerConfig) -> AdamW:
@@ -45,17 +49,28 @@ def local_gradients(module: nn.Module) -> dict[str, Tensor]:
     return gradients
 
 
+def sum_tied_gradient(gradients: dict[str, Tensor], groups: ProcessGroupManager) -> None:
+    """Add up, in place, the gradients of the one weight of embedding and head, where a pipeline's
+    first and last rank each hold a copy of it.
+    """
+    if groups.tied_embedding is not None:
+        sum_over(gradients[TIED], groups.tied_embedding)
+
+
 def squared_norm_share(
     gradients: dict[str, Tensor], groups: ProcessGroupManager, kv_heads: int
 ) -> Tensor:
     """This rank's share of the squared norm of the global gradient; the shares of all ranks add up.
 
     Every element of the gradient counts once in the world: copies on other replicas are left out,
-    and so are copies of replicated weights on all tensor ranks but the first.
+    and so are copies of replicated weights on all tensor ranks but the first, and of a tied weight
+    on all pipeline ranks but the first.
     """
     tensor = groups.tensor
 
     def counts(name: str) -> bool:
+        if name == TIED and groups.pipeline.rank > 0:
+            return False
         sharded = placement(name, kv_heads=kv_heads, tensor=tensor.size).shard_dim is not None
         return (sharded or tensor.rank == 0) and groups.data_replicate.rank == 0
 

@@ -32,7 +32,6 @@ def prepare_run(config: Config, world_size: int) -> Prepared:
     """
     config = resolve_world(config, world_size)
     problems = [
-        *not_yet(config),
         *_device_problems(),
         *_folder_problems(Path(config.run)),
         *_wandb_problems(config.metrics.wandb),
@@ -43,21 +42,6 @@ def prepare_run(config: Config, world_size: int) -> Prepared:
     if problems := identity_problems(config, dataset):
         raise UserError(problems)
     return Prepared(config, dataset)
-
-
-def not_yet(config: Config) -> list[Problem]:
-    """Parts of a config that this version checks but does not run."""
-    layout = config.layout
-    problems = []
-    if layout.schedule == "interleaved_1f1b":
-        problems.append(
-            Problem(
-                "layout.schedule",
-                "interleaved_1f1b: this version does not run it yet: use 1f1b or gpipe with "
-                "virtual_stages: 1",
-            )
-        )
-    return problems
 
 
 def _device_problems() -> list[Problem]:

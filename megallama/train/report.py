@@ -19,7 +19,7 @@ class Reporter:
     def __init__(self, trainer: Trainer, dataset: Dataset, resumed_step: int) -> None:
         config = trainer.config
         self._config, self._dataset, self._resumed_step = config, dataset, resumed_step
-        self._device = trainer.stage.device
+        self._device = trainer.stages.device
         self._world_size = trainer.groups.mesh.size()
         self._name = device_name(self._device)
         self._attempt = _attempts(Path(config.run) / "metrics.jsonl") + 1

@@ -14,7 +14,7 @@ from megallama.checkpoint.sharded import find_newest, load, save
 from megallama.config.schema import Config
 from megallama.data.dataset import Dataset
 from megallama.mesh import build_process_groups
-from megallama.parallel.compose import build_stage
+from megallama.parallel.compose import build_stages
 from megallama.parallel.pipeline.runtime import connect
 from megallama.train.environment import STORE, Place, restart_number
 from megallama.train.identity import checkpoint_folder, run_identity
@@ -65,10 +65,12 @@ def set_determinism(config: Config) -> None:
 def build_trainer(config: Config, device: torch.device) -> Trainer:
     """This rank's model, optimizer and process groups; torch.distributed is initialised."""
     set_determinism(config)
-    groups = build_process_groups(config.layout, device.type)
+    groups = build_process_groups(
+        config.layout, device.type, tie_embeddings=config.model.tie_embeddings
+    )
     connect(groups, device)
-    stage = build_stage(config, groups, device)
-    return Trainer(config, groups, stage, build_optimizer(stage.module, config.optimizer))
+    stages = build_stages(config, groups, device)
+    return Trainer(config, groups, stages, build_optimizer(stages.module, config.optimizer))
 
 
 def save_checkpoint(trainer: Trainer, dataset: Dataset, step: int) -> Path:
@@ -82,7 +84,7 @@ def save_checkpoint(trainer: Trainer, dataset: Dataset, step: int) -> Path:
     }
     return save(
         checkpoint_folder(config),
-        trainer.stage.module,
+        trainer.stages.module,
         trainer.optimizer,
         keep=config.checkpoint.keep,
         about=about,
@@ -100,5 +102,5 @@ def resume(trainer: Trainer) -> tuple[int, list[str]]:
     manifest, passed_over = find_newest(root)
     if manifest is None:
         return 0, passed_over
-    load(root, manifest, trainer.stage.module, trainer.optimizer)
+    load(root, manifest, trainer.stages.module, trainer.optimizer)
     return manifest.step, passed_over

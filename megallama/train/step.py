@@ -15,13 +15,14 @@ from megallama.observe.mfu import attended_pairs
 from megallama.parallel.collectives import sum_over, sum_over_world
 from megallama.parallel.context.compose import Stream, plan_for_rank
 from megallama.parallel.data import MASTER_DTYPE, free_gathered_weights
-from megallama.parallel.pipeline.runtime import MicroBatch, PipelineStage, execute
+from megallama.parallel.pipeline.runtime import LocalStages, MicroBatch, execute
 from megallama.parallel.pipeline.schedule import actions
 from megallama.train.optimizer import (
     clip,
     local_gradients,
     set_learning_rate,
     squared_norm_share,
+    sum_tied_gradient,
 )
 
 
@@ -31,7 +32,7 @@ class Trainer:
 
     config: Config
     groups: ProcessGroupManager
-    stage: PipelineStage
+    stages: LocalStages
     optimizer: AdamW
 
 
@@ -79,9 +80,10 @@ def train_step(
         Diverged: loss or grad norm is not finite.
 
     """
-    config, groups, stage = trainer.config, trainer.groups, trainer.stage
+    config, groups, module = trainer.config, trainer.groups, trainer.stages.module
     loss_share, counts = _run(trainer, batches, config.layout.schedule)
-    gradients = local_gradients(stage.module)
+    gradients = local_gradients(module)
+    sum_tied_gradient(gradients, groups)
     squares = squared_norm_share(gradients, groups, config.model.kv_heads)
     asked = torch.full_like(loss_share, float(stop()))
     loss, squared_norm, asked = sum_over_world(torch.stack([loss_share, squares, asked]))
@@ -106,7 +108,7 @@ def evaluate(trainer: Trainer, steps: Sequence[Sequence[Batch]]) -> tuple[float,
         tokens = int(counts[0])
         total += sum_over_world(loss_share).item() * tokens
         valid += tokens
-    free_gathered_weights(trainer.stage.module)
+    free_gathered_weights(trainer.stages.module)
     return total / max(1, valid), valid
 
 
@@ -118,19 +120,26 @@ def _run(trainer: Trainer, batches: Sequence[Batch], schedule: str) -> tuple[Ten
         pairs]` of the global batch.
 
     """
-    stage, groups = trainer.stage, trainer.groups
+    stages, groups, layout = trainer.stages, trainer.groups, trainer.config.layout
     micro_batches = [_to_device(batch, trainer) for batch in batches]
-    counts = sum_over(_counts(batches).to(stage.device), groups.data.group)
+    counts = sum_over(_counts(batches).to(stages.device), groups.data.group)
     dtype = MASTER_DTYPE[trainer.config.train.precision]
     loss_scale = 1 / counts[0].clamp(min=1).to(dtype)
-    todo = actions(schedule, stage.index, stage.stages, len(micro_batches))
-    loss = execute(todo, stage, micro_batches, groups, loss_scale)
+    todo = actions(
+        schedule,
+        groups.pipeline.rank,
+        groups.pipeline.size,
+        len(micro_batches),
+        virtual_stages=layout.virtual_stages,
+        group=layout.micro_batch_group,
+    )
+    loss = execute(todo, stages, micro_batches, groups, loss_scale)
     return (loss if groups.tensor.rank == 0 else torch.zeros_like(loss)), counts
 
 
 def _to_device(batch: Batch, trainer: Trainer) -> MicroBatch:
-    device, config = trainer.stage.device, trainer.config
-    positions, dtype = batch.position_ids.to(device), trainer.stage.message_dtype
+    device, config = trainer.stages.device, trainer.config
+    positions, dtype = batch.position_ids.to(device), trainer.stages.message_dtype
     stream = Stream(config.model, positions, batch.cu_seqlens, dtype)
     held, plan = plan_for_rank(stream, config.layout, trainer.groups.context)
     tokens, labels = batch.tokens.to(device), batch.labels.to(device)

@@ -42,7 +42,7 @@ def _run(config: Config, place: Place, folder: str) -> None:
 
 
 def _train(trainer: Trainer) -> dict[str, Any]:
-    config, module = trainer.config, trainer.stage.module
+    config, module = trainer.config, trainer.stages.module
     samples = random_samples(config)
     seen: dict[str, Any] = {"loss": [], "grad_norm": [], "initial": _regions(module, _value)}
 

@@ -10,7 +10,6 @@ from megallama_launch.local import run_local
 from megallama.config.errors import UserError
 from megallama.config.schema import Config
 from megallama.mesh import AXES
-from megallama.train.preflight import not_yet
 from megallama.verify.compare import Report, compare
 from megallama.verify.shrink import shrink, world_size
 
@@ -52,8 +51,6 @@ def verify(
         raise UserError.one("--steps", f"{steps}: give at least 1")
     if max_processes < 1:
         raise UserError.one("--processes", f"{max_processes}: give at least 1")
-    if problems := not_yet(config):
-        raise UserError(problems)
     twin, exact_twin = (
         shrink(config, dtype=d, steps=steps, max_processes=max_processes)
         for d in (dtype, "float64")

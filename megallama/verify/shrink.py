@@ -19,9 +19,10 @@ SAMPLES = 8
 def shrink(config: Config, *, dtype: str, steps: int, max_processes: int) -> Config:
     """The config to verify.
 
-    Kept: the axes that are used, schedule, tying, grouped-query ratio up to 2 and kv_heads below
-    tensor, RoPE scaling, uneven vocabulary and layers, document mask, clipping, activation
-    checkpointing, compile. Axes are halved, the largest first, until they fit.
+    Kept: the axes that are used and how, schedule, virtual stages, fewer micro-batches than ranks,
+    tying, grouped-query ratio up to 2 and kv_heads below tensor, RoPE scaling, uneven vocabulary
+    and layers, document mask, clipping, activation checkpointing, compile. Axes are halved, the
+    largest first, until they fit.
 
     Args:
         config: to be shrunk; a `data_shard` of -1 becomes 2, so that sharding is exercised.
@@ -35,9 +36,13 @@ def shrink(config: Config, *, dtype: str, steps: int, max_processes: int) -> Con
     """
     layout = _shrink_layout(config.layout, max_processes)
     model = _shrink_model(config.model, layout)
-    micro_batch = min(2, layout.micro_batch)
     data_ranks = layout.data_shard * layout.data_replicate
-    micro_batches = max(2 * layout.pipeline, SAMPLES // (data_ranks * micro_batch))
+    few = _micro_batches(config)
+    if few < layout.pipeline:
+        micro_batches, micro_batch = few, -(-SAMPLES // (data_ranks * few))
+    else:
+        micro_batch = min(2, layout.micro_batch)
+        micro_batches = max(2 * layout.pipeline, SAMPLES // (data_ranks * micro_batch))
     seq_len = (
         2 * layout.context * layout.tensor * max(1, 32 // (2 * layout.context * layout.tensor))
     )
@@ -67,6 +72,13 @@ def world_size(layout: LayoutConfig) -> int:
     return math.prod(getattr(layout, axis) for axis in AXES)
 
 
+def _micro_batches(config: Config) -> int:
+    """Of a step on one data rank; a world that is not known yet counts as one data rank."""
+    layout = config.layout
+    ranks = max(1, layout.data_shard) * layout.data_replicate
+    return config.train.global_batch_tokens // (config.data.seq_len * layout.micro_batch * ranks)
+
+
 def _shrink_layout(layout: LayoutConfig, max_processes: int) -> LayoutConfig:
     sizes = {axis: getattr(layout, axis) for axis in AXES}
     if sizes["data_shard"] == -1:
@@ -74,19 +86,27 @@ def _shrink_layout(layout: LayoutConfig, max_processes: int) -> LayoutConfig:
     while math.prod(sizes.values()) > max_processes:
         largest = max(sizes, key=lambda axis: sizes[axis])
         sizes[largest] = max(1, sizes[largest] // 2)
-    return layout.model_copy(update=sizes)
+    given = layout.stage_layers if sizes["pipeline"] == layout.pipeline else None
+    if given is not None:
+        given = [1 + (layers == max(given)) for layers in given]
+    changes: dict[str, Any] = {"stage_layers": given}
+    if sizes["pipeline"] == 1 and layout.virtual_stages > 1:
+        changes |= {"schedule": "1f1b", "virtual_stages": 1}
+    return layout.model_copy(update=sizes | changes)
 
 
 def _shrink_model(model: ModelConfig, layout: LayoutConfig) -> ModelConfig:
     stages = layout.pipeline * layout.virtual_stages
+    layers = 2 * stages - (model.layers % stages > 0)
     kv_heads = math.gcd(model.kv_heads, 8)
     heads = kv_heads * min(2, model.heads // model.kv_heads)
-    while heads % layout.tensor:
+    exchanged = layout.context if layout.context_method == "ulysses" else 1
+    while heads % (layout.tensor * exchanged):
         heads *= 2
     return model.model_copy(
         update={
             "hidden": heads * HEAD_DIM,
-            "layers": 2 * stages - (model.layers % stages > 0),
+            "layers": sum(layout.stage_layers) if layout.stage_layers else layers,
             "heads": heads,
             "kv_heads": kv_heads,
             "head_dim": HEAD_DIM,

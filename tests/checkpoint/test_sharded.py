@@ -64,7 +64,7 @@ def step(trainer: Trainer, number: int) -> float:
 
 def whole_state(trainer: Trainer) -> dict[str, torch.Tensor]:
     """Every tensor that a checkpoint holds and this rank has a part of, put together."""
-    named = _tensors(trainer.stage.module, trainer.optimizer)
+    named = _tensors(trainer.stages.module, trainer.optimizer)
     return {name: tensor.full_tensor().clone() for name, tensor in named}  # type: ignore[attr-defined]
 
 

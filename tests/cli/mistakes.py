@@ -244,31 +244,28 @@ CASES = [
         new="pipeline: @@4",
     ),
     Case(
-        "tied with pipeline",
-        "layout.pipeline",
-        ("not supported yet: use pipeline: 1 or tie_embeddings: false",),
-        given=("layout.pipeline=2", "model.tie_embeddings=true"),
-    ),
-    Case(
         "warm-up longer than the run",
         "lr_schedule.warmup_steps",
         ("7 is more than train.steps = 6: use 6 or fewer",),
         given=("lr_schedule.warmup_steps=7",),
     ),
-    # what this version does not do
     Case(
-        "context", "layout.context", ("2: this version", "set it to 1"), given=("layout.context=2",)
+        "interleaved without a pipeline",
+        "layout.schedule",
+        ("needs layout.pipeline of 2 or more, which is 1", "or 2 pipeline ranks"),
+        given=("layout.schedule=interleaved_1f1b", "layout.virtual_stages=2"),
     ),
     Case(
-        "interleaved",
-        "layout.schedule",
-        ("this version does not run it yet: use 1f1b or gpipe with virtual_stages: 1",),
-        given=(
-            "layout.schedule=interleaved_1f1b",
-            "layout.virtual_stages=2",
-            "layout.pipeline=2",
-            "model.layers=4",
-        ),
+        "stages that hold too few layers",
+        "layout.stage_layers",
+        ("[1] adds up to 1, and model.layers is 2", "leave it out"),
+        given=("layout.stage_layers=[1]",),
+    ),
+    Case(
+        "heads that context ranks cannot share",
+        "layout.context",
+        ("8 ranks cannot exchange tokens", "context_method: all_gather"),
+        given=("layout.context=8", "layout.context_method=ulysses"),
     ),
     # the world
     Case(

@@ -141,7 +141,6 @@ COMMANDS = {
     ),
     "verify in words": (["verify", "quickstart", "--steps", "many"], ("--steps", "'many'")),
     "verify in float16": (["verify", "quickstart", "--dtype", "float16"], ("--dtype", "float32")),
-    "verify of context": (["verify", "quickstart", "layout.context=2"], ("layout.context",)),
     "no command": ([], ("COMMAND",)),
     "unknown command": (["trian"], ("'trian'", "train")),
     "train nothing": (["train"], ("CONFIG",)),

@@ -72,10 +72,10 @@ CASES = [
     ),
     Case(
         "data_shard: 1",
-        "virtual_stages: @@3",
+        "virtual_stages: @@4",
         "layout.virtual_stages",
-        "layout.pipeline 2 × layout.virtual_stages 3 = 6 stages are more than model.layers = 4: "
-        "use 2 or fewer",
+        "layout.pipeline 2 × layout.virtual_stages 4 = 8 stages are more than model.layers = 4: "
+        "use 3 or fewer",
         fix="layout.virtual_stages=2",
         given="layout.pipeline=2 layout.schedule=interleaved_1f1b",
     ),
@@ -194,12 +194,50 @@ CASES = [
     ),
     Case(
         "pipeline: 1",
-        "pipeline: @@2",
-        "layout.pipeline",
-        "2 with model.tie_embeddings: true is not supported yet: "
-        "use pipeline: 1 or tie_embeddings: false",
-        fix="model.tie_embeddings=false",
-        given="model.tie_embeddings=true",
+        "schedule: @@interleaved_1f1b",
+        "layout.schedule",
+        "interleaved_1f1b needs layout.pipeline of 2 or more, which is 1: "
+        "use 1f1b with virtual_stages: 1, or 2 pipeline ranks",
+        fix="layout.pipeline=2",
+        given="layout.virtual_stages=2",
+    ),
+    Case(
+        "pipeline: 1",
+        "stage_layers: @@[2, 2], pipeline: 1",
+        "layout.stage_layers",
+        "2 numbers for layout.pipeline 1 × layout.virtual_stages 1 = 1 stages: "
+        "give one for each stage, or leave it out",
+        fix="layout.pipeline=2",
+    ),
+    Case(
+        "pipeline: 1",
+        "stage_layers: @@[1, 2], pipeline: 2",
+        "layout.stage_layers",
+        "[1, 2] adds up to 3, and model.layers is 4: change a stage by +1, or leave it out",
+        fix="layout.stage_layers=[2, 2]",
+    ),
+    Case(
+        "pipeline: 1",
+        "stage_layers: @@[2, 0, 2], pipeline: 3",
+        "layout.stage_layers",
+        "[2, 0, 2] leaves a stage in the middle without a layer",
+        fix="layout.stage_layers=[2, 1, 1]",
+    ),
+    Case(
+        "context: 1",
+        "context_method: ulysses, context: @@3",
+        "layout.context",
+        "3 ranks cannot exchange tokens for the 4 query and 2 key/value heads that a tensor rank "
+        "has: use 1, 2 or 4, or context_method: all_gather",
+        fix="layout.context=4",
+        given="data.seq_len=96 train.global_batch_tokens=960",
+    ),
+    Case(
+        "context: 1",
+        "context_method: ulysses, context: 2, context_balance: @@per_document",
+        "layout.context_balance",
+        "per_document is for all_gather and ring",
+        fix="layout.context_balance=head_tail",
     ),
 ]
 

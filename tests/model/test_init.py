@@ -14,7 +14,7 @@ from megallama.config import shipped
 from megallama.config.schema import ModelConfig, parameter_count, vocab_rows
 from megallama.model import init
 from megallama.model.init import initial_rows, initialize
-from megallama.model.llama import Llama
+from megallama.model.llama import Llama, Part
 from tests.model.small import small_config
 
 PUBLISHED = {
@@ -148,7 +148,7 @@ def test_a_stage_starts_from_the_numbers_of_the_whole_model():
     model = Llama(config)
     initialize(model, config, 3)
     everything = dict(model.named_parameters())
-    stage = Llama(config, layers=range(2, 4), first=False)
+    stage = Llama(config, parts=[Part(range(2, 4), first=False)])
     initialize(stage, config, 3)
     names = [name for name, _ in stage.named_parameters()]
     assert {"layers.2.wq", "layers.3.w2", "head.norm", "head.weight"} <= set(names)

@@ -18,6 +18,8 @@ layouts = pytest.mark.parametrize(
         {"tensor": 2, "data_shard": 2, "data_replicate": 2},
         {"pipeline": 4, "data_replicate": 2, "data_shard": 1},
         {"tensor": 2, "context": 2, "data_shard": 2},
+        {"context": 2, "data_shard": 2, "data_replicate": 2},
+        {"context": 2, "data_shard": 1, "data_replicate": 4},
         {"tensor": 8, "data_shard": 1},
         {"data_shard": 8},
     ],
@@ -108,7 +110,14 @@ def test_groups(sizes: dict[str, Any]):
 
 
 @ranks(8)
-def test_context_with_copies_is_refused():
-    layout = LayoutConfig(context=2, data_replicate=2, data_shard=2)
-    with pytest.raises(NotImplementedError, match="context"):
-        build_process_groups(layout, "cpu")
+def test_first_and_last_of_a_pipeline_share_a_tied_weight():
+    layout, rank = LayoutConfig(pipeline=4, tensor=2, data_shard=1), dist.get_rank()
+    tied = build_process_groups(layout, "cpu", tie_embeddings=True).tied_embedding
+    place = coordinates_of(rank, layout)["pipeline"][0]
+    if place in (0, 3):
+        line = peers(rank, layout, "pipeline")
+        assert tied is not None
+        assert dist.get_process_group_ranks(tied) == [line[0], line[-1]]
+    else:
+        assert tied is None
+    assert build_process_groups(layout, "cpu").tied_embedding is None

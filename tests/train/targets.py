@@ -33,7 +33,7 @@ def poison_a_weight(plain: dict[str, Any]) -> int:
     def build_trainer(*args: Any) -> Trainer:
         trainer = build(*args)
         if int(os.environ["RANK"]) == VICTIM:
-            weight = next(trainer.stage.module.parameters()).detach()
+            weight = next(trainer.stages.module.parameters()).detach()
             weight.to_local().view(-1)[0] = torch.nan
         return trainer
 

@@ -52,13 +52,14 @@ def mean_of_micro_batch_means() -> None:
 
     forward = runtime._forward
 
-    def per_micro_batch(state, stage, m, micro_batches, loss_scale):
-        valid = (micro_batches[m].labels >= 0).sum().clamp(min=1)
-        forward(
-            state, stage, m, micro_batches, 1 / (valid * len(micro_batches)).to(loss_scale.dtype)
-        )
+    def per_micro_batch(state, action):
+        valid = (state.micro_batches[action.micro_batch].labels >= 0).sum().clamp(min=1)
+        whole = state.loss_scale
+        state.loss_scale = 1 / (valid * len(state.micro_batches)).to(whole.dtype)
+        forward(state, action)
+        state.loss_scale = whole
 
-    runtime._forward = per_micro_batch
+    runtime._COMPUTE[runtime.Kind.FORWARD] = per_micro_batch
 
 
 def gradient_scaled_by_data_parallel_size() -> None:
@@ -69,21 +70,19 @@ def gradient_scaled_by_data_parallel_size() -> None:
 
 
 def stage_skips_a_layer() -> None:
-    from megallama.parallel import compose
-
-    build = compose.build_stage
-
-    def shortened(config, groups, device):
-        stage = build(config, groups, device)
-        if stage.index == 1:
-            last = list(stage.module.layers)[-1]
-            skipped = stage.module.layers[last]
-            skipped.wrapped = lambda x, plan: x + 0 * skipped.compute(x, plan)
-        return stage
-
     from megallama.train import session
 
-    session.build_stage = shortened
+    build = session.build_stages
+
+    def shortened(config, groups, device):
+        stages = build(config, groups, device)
+        if groups.pipeline.rank == 1:
+            last = list(stages.module.layers)[-1]
+            skipped = stages.module.layers[last]
+            skipped.wrapped = lambda x, plan: x + 0 * skipped.compute(x, plan)
+        return stages
+
+    session.build_stages = shortened
 
 
 def step_before_the_last_micro_batch() -> None:
@@ -92,12 +91,13 @@ def step_before_the_last_micro_batch() -> None:
 
     backward = runtime._backward
 
-    def without_the_last(state, stage, m, *, last):
-        if last:
-            state.outputs[m] = state.outputs[m] * 0
-        backward(state, stage, m, last=last)
+    def without_the_last(state, action):
+        key = (action.stage, action.micro_batch)
+        if action.micro_batch == len(state.micro_batches) - 1:
+            state.outputs[key] = state.outputs[key] * 0
+        backward(state, action)
 
-    runtime._backward = without_the_last
+    runtime._COMPUTE[runtime.Kind.BACKWARD] = without_the_last
 
 
 def replicated_kv_heads_not_summed() -> None:
@@ -127,6 +127,86 @@ def labels_of_padding_counted() -> None:
     from megallama.parallel import tensor
 
     tensor._without_padding = lambda logits, columns, vocab: logits.to(torch.float64)
+
+
+def context_gradients_not_summed() -> None:
+    from dataclasses import replace
+
+    from megallama.train import session
+
+    build = session.build_process_groups
+
+    def without_context(*args, **kwargs):
+        groups = build(*args, **kwargs)
+        return replace(groups, fsdp_mesh=groups.mesh["data_shard"])
+
+    session.build_process_groups = without_context
+
+
+def chunks_in_the_wrong_order() -> None:
+    from megallama.parallel.context import compose
+
+    compose.stream_order = lambda spans: list(range(sum(len(r) for s in spans for r in s)))
+
+
+def positions_restart_in_each_chunk() -> None:
+    from dataclasses import replace
+
+    from megallama.model.rope import rotary_table
+    from megallama.parallel.context import compose
+
+    plan = compose._PLANS["all_gather"]
+
+    def restarted(stream, spans, rank):
+        places = torch.cat([torch.arange(len(r)) for r in spans[rank]])
+        cos, sin = rotary_table(stream.model, places, stream.dtype)
+        return replace(plan(stream, spans, rank), cos=cos, sin=sin)
+
+    compose._PLANS["all_gather"] = restarted
+
+
+def document_leaks_over_a_border() -> None:
+    """Only where a document began in another rank's chunk."""
+    from megallama.model import attention
+
+    segments = attention._segments
+
+    def leaking(cu_seqlens, queries):
+        for segment in segments(cu_seqlens, queries):
+            start, stop = segment.keys
+            whole = stop - start == segment.queries[1] - segment.queries[0]
+            yield segment if whole else segment._replace(keys=(max(0, start - 1), stop))
+
+    attention._segments = leaking
+
+
+def ring_block_attributed_to_the_wrong_rank() -> None:
+    from megallama.parallel.context import compose
+
+    see = compose.visible
+    compose.visible = lambda cu, mine, block, device: see(
+        cu, mine, [range(r.start + 1, r.stop + 1) for r in block[:-1]] + block[-1:], device
+    )
+
+
+def swapped_messages() -> None:
+    from megallama.parallel.pipeline import runtime
+
+    receive = runtime._received
+
+    def swapped(state, kind, action):
+        first = action.micro_batch < 2
+        return receive(
+            state, kind, action._replace(micro_batch=1 - action.micro_batch) if first else action
+        )
+
+    runtime._received = swapped
+
+
+def tied_copies_not_summed() -> None:
+    from megallama.train import step
+
+    step.sum_tied_gradient = lambda gradients, groups: None
 
 
 def run(fault: str, plain_config: dict[str, Any], folder: str) -> int:

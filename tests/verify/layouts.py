@@ -95,6 +95,53 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "TP2 CP2 FSDP2": {"layout": {"tensor": 2, "context": 2, "data_shard": 2}},
     "CP2 PP2 FSDP2": {"layout": {"context": 2, "pipeline": 2, "data_shard": 2}},
     "TP2 CP2 PP2 FSDP2": {"layout": {"tensor": 2, "context": 2, "pipeline": 2, "data_shard": 2}},
+    "interleaved V=2, PP2": {
+        "layout": {"pipeline": 2, "schedule": "interleaved_1f1b", "virtual_stages": 2}
+    },
+    "interleaved V=3, PP2": {
+        "layout": {"pipeline": 2, "schedule": "interleaved_1f1b", "virtual_stages": 3},
+        "model": {"layers": 6},
+    },
+    "interleaved V=2, PP4": {
+        "layout": {"pipeline": 4, "schedule": "interleaved_1f1b", "virtual_stages": 2},
+        "model": {"layers": 8},
+    },
+    "interleaved V=2, TP2 CP2 PP2 FSDP2": {
+        "layout": {
+            "tensor": 2,
+            "context": 2,
+            "pipeline": 2,
+            "data_shard": 2,
+            "schedule": "interleaved_1f1b",
+            "virtual_stages": 2,
+        }
+    },
+    "interleaved V=2, PP2 FSDP2 resharding": {
+        "layout": {
+            "pipeline": 2,
+            "data_shard": 2,
+            "schedule": "interleaved_1f1b",
+            "virtual_stages": 2,
+            "reshard_after_forward": True,
+        }
+    },
+    "PP4, 2 micro-batches": {
+        "layout": {"pipeline": 4, "micro_batch": 6},
+        "data": {"seq_len": 1024},
+    },
+    "given stages, PP4": {
+        "layout": {"pipeline": 4, "stage_layers": [1, 2, 2, 1]},
+        "model": {"layers": 6},
+    },
+    "tied, PP2": {"layout": {"pipeline": 2}, "model": {"tie_embeddings": True}},
+    "tied, TP2 PP2 FSDP2": {
+        "layout": {"tensor": 2, "pipeline": 2, "data_shard": 2},
+        "model": {"tie_embeddings": True},
+    },
+    "tied, interleaved V=2, PP2": {
+        "layout": {"pipeline": 2, "schedule": "interleaved_1f1b", "virtual_stages": 2},
+        "model": {"tie_embeddings": True},
+    },
     "without clipping, FSDP2": {"layout": {"data_shard": 2}, "train": {"grad_clip": 0.0}},
 }
 

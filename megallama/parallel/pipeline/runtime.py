@@ -5,7 +5,9 @@ own tokens, labels and plan. The schedule alone decides the order.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,7 +16,7 @@ from torch import Tensor
 from megallama.mesh import ProcessGroupManager
 from megallama.model.attention import AttentionPlan
 from megallama.model.llama import Llama
-from megallama.parallel.data import synchronize_gradients
+from megallama.parallel.data import hold_gradients, release_gradients
 from megallama.parallel.pipeline.schedule import Action, Kind, stage_rank
 
 
@@ -30,12 +32,13 @@ class MicroBatch:
 
 
 @dataclass(frozen=True)
-class PipelineStage:
-    """A rank's part of the pipeline and what its messages look like."""
+class LocalStages:
+    """A rank's stages of the pipeline and what its messages look like."""
 
     module: Llama
-    index: int
-    stages: int
+    """Its parts are this rank's stages: part v is stage v * pipeline + rank."""
+    count: int
+    """Stages of the whole pipeline."""
     reshard_after_forward: bool
     message_shape: tuple[int, int]
     """`(T/t, d)`."""
@@ -43,16 +46,41 @@ class PipelineStage:
     device: torch.device
 
 
+_Key = tuple[int, int]
+"""Stage and micro-batch."""
+
+
 @dataclass
 class _Execution:
-    """State of one step: tensors between an action and the one that uses them."""
+    """One step: what it works with, and tensors between an action and the one that uses them."""
 
-    arriving: dict[tuple[Kind, int], tuple[dist.Work, Tensor]] = field(default_factory=dict)
+    stages: LocalStages
+    groups: ProcessGroupManager
+    micro_batches: Sequence[MicroBatch]
+    loss_scale: Tensor
+    arriving: dict[tuple[Kind, int, int], tuple[dist.Work, Tensor]] = field(default_factory=dict)
     sending: list[tuple[dist.Work, Tensor]] = field(default_factory=list)
-    inputs: dict[int, Tensor] = field(default_factory=dict)
-    outputs: dict[int, Tensor] = field(default_factory=dict)
-    input_gradients: dict[int, Tensor] = field(default_factory=dict)
+    inputs: dict[_Key, Tensor] = field(default_factory=dict)
+    outputs: dict[_Key, Tensor] = field(default_factory=dict)
+    output_gradients: dict[_Key, list[Tensor]] = field(default_factory=dict)
+    """A box for each output that was sent; its gradient is put there before backward."""
+    input_gradients: dict[_Key, Tensor] = field(default_factory=dict)
     loss: Tensor | None = None
+
+
+class _Sent(torch.autograd.Function):
+    """A scalar that stands for an output that was sent, whose memory is free: backward takes the
+    output's gradient from a box.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, box: list[Tensor]) -> Tensor:
+        ctx.box = box
+        return out.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor | None, ...]:
+        return ctx.box.pop(), None
 
 
 def connect(groups: ProcessGroupManager, device: torch.device) -> None:
@@ -61,121 +89,127 @@ def connect(groups: ProcessGroupManager, device: torch.device) -> None:
     NCCL connects two ranks at their first message and makes both hosts wait for it. In a schedule
     that posts receives ahead of sends, that wait would be for ever.
     """
-    rank, last = groups.pipeline.rank, groups.pipeline.size - 1
+    rank, size = groups.pipeline.rank, groups.pipeline.size
     message = torch.zeros(1, device=device)
     for group in (groups.pipeline.group, groups.pipeline_gradients):
-        for parity in (0, 1):
-            if rank % 2 == parity and rank < last:
-                dist.send(message, group=group, group_dst=rank + 1)
-            elif rank % 2 != parity and rank > 0:
-                dist.recv(message, group=group, group_src=rank - 1)
+        for lower in range(size if size > 2 else size - 1):  # the last rank has stage 0's next
+            if rank == lower:
+                dist.send(message, group=group, group_dst=(rank + 1) % size)
+            elif rank == (lower + 1) % size:
+                dist.recv(message, group=group, group_src=lower)
 
 
 def execute(
     actions: Sequence[Action],
-    stage: PipelineStage,
+    stages: LocalStages,
     micro_batches: Sequence[MicroBatch],
     groups: ProcessGroupManager,
     loss_scale: Tensor,
+    watch: Callable[[Action], AbstractContextManager[None]] = lambda _: nullcontext(),
 ) -> Tensor:
     """Run one step's actions.
 
     Args:
         actions: of this rank, from `schedule.actions`.
-        stage: this rank's stage.
+        stages: this rank's.
         micro_batches: of this rank's data coordinate, in order.
         groups: this rank's process groups.
         loss_scale: 1 / valid tokens of the global batch.
+        watch: what each forward and backward runs in, to time it.
 
     Returns:
-        This rank's share of the global loss: the scaled sum of its token losses on the last stage
-        (the same on all tensor ranks), 0 elsewhere; at least float32. Gradients are in `.grad`.
+        This rank's share of the global loss: the scaled sum of its token losses where the last
+        stage is (the same on all tensor ranks), 0 elsewhere; at least float32. Gradients are in
+        `.grad`.
 
     """
-    state = _Execution()
-    backwards_left = sum(action.kind == Kind.BACKWARD for action in actions)
-    training = backwards_left > 0
-    for action in actions:
-        if action.kind == Kind.FORWARD:
-            with torch.set_grad_enabled(training):
-                _forward(state, stage, action.micro_batch, micro_batches, loss_scale)
-        elif action.kind == Kind.BACKWARD:
-            backwards_left -= 1
-            _backward(state, stage, action.micro_batch, last=backwards_left == 0)
-        else:
-            _MESSAGES[action.kind](state, stage, action, groups)
+    state = _Execution(stages, groups, micro_batches, loss_scale)
+    last_backward = {
+        action.stage: n for n, action in enumerate(actions) if action.kind == Kind.BACKWARD
+    }
+    if last_backward:
+        hold_gradients(stages.module, reshard=stages.reshard_after_forward)
+    for n, action in enumerate(actions):
+        if action.kind not in (Kind.FORWARD, Kind.BACKWARD):
+            _MESSAGES[action.kind](state, action)
+            continue
+        if action.kind == Kind.BACKWARD and n == last_backward[action.stage]:
+            last_of_rank = n == max(last_backward.values())
+            release_gradients(stages.module, _part(state, action), last_of_rank=last_of_rank)
+        with watch(action), torch.set_grad_enabled(bool(last_backward)):
+            _COMPUTE[action.kind](state, action)
     for work, _ in state.sending:
         work.wait()
     return torch.zeros_like(loss_scale) if state.loss is None else state.loss
 
 
-def _forward(
-    state: _Execution,
-    stage: PipelineStage,
-    m: int,
-    micro_batches: Sequence[MicroBatch],
-    loss_scale: Tensor,
-) -> None:
-    batch = micro_batches[m]
-    last = stage.index == stage.stages - 1
-    x = batch.tokens if stage.index == 0 else _received(state, Kind.RECEIVE_ACTIVATION, m)
-    if stage.index > 0 and torch.is_grad_enabled():
+def _part(state: _Execution, action: Action) -> int:
+    return action.stage // state.groups.pipeline.size
+
+
+def _forward(state: _Execution, action: Action) -> None:
+    stage, m = action.stage, action.micro_batch
+    batch = state.micro_batches[m]
+    last = stage == state.stages.count - 1
+    x = batch.tokens if stage == 0 else _received(state, Kind.RECEIVE_ACTIVATION, action)
+    if stage > 0 and torch.is_grad_enabled():
         x.requires_grad_()
-    out = stage.module(x, batch.plan, batch.labels if last else None)
+    labels = batch.labels if last else None
+    out = state.stages.module(x, batch.plan, labels, _part(state, action))
     if last:
-        out = out.sum() * loss_scale
+        out = out.sum() * state.loss_scale
         state.loss = out.detach() if state.loss is None else state.loss + out.detach()
     if not last or out.requires_grad:
-        state.inputs[m], state.outputs[m] = x, out
+        state.inputs[stage, m], state.outputs[stage, m] = x, out
 
 
-def _backward(state: _Execution, stage: PipelineStage, m: int, *, last: bool) -> None:
-    synchronize_gradients(stage.module, last=last, reshard=stage.reshard_after_forward)
-    is_loss = stage.index == stage.stages - 1
-    gradient = None if is_loss else _received(state, Kind.RECEIVE_GRADIENT, m)
-    x = state.inputs.pop(m)
-    torch.autograd.backward(state.outputs.pop(m), gradient)
-    if stage.index > 0:
+def _backward(state: _Execution, action: Action) -> None:
+    stage, m = action.stage, action.micro_batch
+    if stage < state.stages.count - 1:
+        gradient = _received(state, Kind.RECEIVE_GRADIENT, action)
+        state.output_gradients.pop((stage, m)).append(gradient)
+    x = state.inputs.pop((stage, m))
+    state.outputs.pop((stage, m)).backward()
+    if stage > 0:
         assert x.grad is not None
-        state.input_gradients[m] = x.grad
+        state.input_gradients[stage, m] = x.grad
 
 
-def _received(state: _Execution, kind: Kind, m: int) -> Tensor:
-    work, buffer = state.arriving.pop((kind, m))
+def _received(state: _Execution, kind: Kind, action: Action) -> Tensor:
+    work, buffer = state.arriving.pop((kind, action.stage, action.micro_batch))
     work.wait()
     return buffer
 
 
-def _send_activation(
-    state: _Execution, stage: PipelineStage, action: Action, groups: ProcessGroupManager
-) -> None:
-    out = state.outputs[action.micro_batch]
-    _send(state, stage, action, out.detach(), groups, groups.pipeline.group)
-    if not out.requires_grad:
-        del state.outputs[action.micro_batch], state.inputs[action.micro_batch]
+def _send_activation(state: _Execution, action: Action) -> None:
+    key = (action.stage - 1, action.micro_batch)
+    out = state.outputs.pop(key)
+    _send(state, action, out.detach(), state.groups.pipeline.group)
+    if out.requires_grad:
+        box = state.output_gradients.setdefault(key, [])
+        state.outputs[key] = _Sent.apply(out, box)
+    else:
+        del state.inputs[key]
 
 
-def _send_gradient(
-    state: _Execution, stage: PipelineStage, action: Action, groups: ProcessGroupManager
-) -> None:
-    gradient = state.input_gradients.pop(action.micro_batch)
-    _send(state, stage, action, gradient, groups, groups.pipeline_gradients)
+def _send_gradient(state: _Execution, action: Action) -> None:
+    gradient = state.input_gradients.pop((action.stage + 1, action.micro_batch))
+    _send(state, action, gradient, state.groups.pipeline_gradients)
 
 
-def _receive_activation(
-    state: _Execution, stage: PipelineStage, action: Action, groups: ProcessGroupManager
-) -> None:
-    _receive(state, stage, action, action.stage - 1, groups, groups.pipeline.group)
+def _receive_activation(state: _Execution, action: Action) -> None:
+    _receive(state, action, action.stage - 1, state.groups.pipeline.group)
 
 
-def _receive_gradient(
-    state: _Execution, stage: PipelineStage, action: Action, groups: ProcessGroupManager
-) -> None:
-    _receive(state, stage, action, action.stage + 1, groups, groups.pipeline_gradients)
+def _receive_gradient(state: _Execution, action: Action) -> None:
+    _receive(state, action, action.stage + 1, state.groups.pipeline_gradients)
 
 
-_Message = Callable[[_Execution, PipelineStage, Action, ProcessGroupManager], None]
-_MESSAGES: dict[Kind, _Message] = {
+_COMPUTE: dict[Kind, Callable[[_Execution, Action], None]] = {
+    Kind.FORWARD: _forward,
+    Kind.BACKWARD: _backward,
+}
+_MESSAGES: dict[Kind, Callable[[_Execution, Action], None]] = {
     Kind.SEND_ACTIVATION: _send_activation,
     Kind.SEND_GRADIENT: _send_gradient,
     Kind.RECEIVE_ACTIVATION: _receive_activation,
@@ -183,39 +217,31 @@ _MESSAGES: dict[Kind, _Message] = {
 }
 
 
-def _send(
-    state: _Execution,
-    stage: PipelineStage,
-    action: Action,
-    message: Tensor,
-    groups: ProcessGroupManager,
-    group: dist.ProcessGroup,
-) -> None:
+def _tag(state: _Execution, action: Action) -> int:
+    return action.stage * len(state.micro_batches) + action.micro_batch
+
+
+def _send(state: _Execution, action: Action, message: Tensor, group: dist.ProcessGroup) -> None:
+    stages = state.stages
     # A receive buffer that is too large would be filled in part, in silence.
-    if message.shape != stage.message_shape or message.dtype != stage.message_dtype:
+    if message.shape != stages.message_shape or message.dtype != stages.message_dtype:
         raise RuntimeError(
-            f"stage {stage.index} would send {tuple(message.shape)} {message.dtype}, "
-            f"its peer expects {stage.message_shape} {stage.message_dtype}"
+            f"stage {action.stage} would get {tuple(message.shape)} {message.dtype}, "
+            f"and expects {stages.message_shape} {stages.message_dtype}"
         )
-    peer = stage_rank(action.stage, groups.pipeline.size)
+    peer = stage_rank(action.stage, state.groups.pipeline.size)
     message = message.contiguous()
-    work = dist.isend(message, group=group, group_dst=peer, tag=action.micro_batch)
+    work = dist.isend(message, group=group, group_dst=peer, tag=_tag(state, action))
     assert work is not None
     # Waiting here would wait for the receiver; the tensor is kept until it has left.
     state.sending = [(w, t) for w, t in state.sending if not w.is_completed()]
     state.sending.append((work, message))
 
 
-def _receive(
-    state: _Execution,
-    stage: PipelineStage,
-    action: Action,
-    sender: int,
-    groups: ProcessGroupManager,
-    group: dist.ProcessGroup,
-) -> None:
-    buffer = torch.empty(stage.message_shape, dtype=stage.message_dtype, device=stage.device)
-    peer = stage_rank(sender, groups.pipeline.size)
-    work = dist.irecv(buffer, group=group, group_src=peer, tag=action.micro_batch)
+def _receive(state: _Execution, action: Action, sender: int, group: dist.ProcessGroup) -> None:
+    stages = state.stages
+    buffer = torch.empty(stages.message_shape, dtype=stages.message_dtype, device=stages.device)
+    peer = stage_rank(sender, state.groups.pipeline.size)
+    work = dist.irecv(buffer, group=group, group_src=peer, tag=_tag(state, action))
     assert work is not None
-    state.arriving[action.kind, action.micro_batch] = (work, buffer)
+    state.arriving[action.kind, action.stage, action.micro_batch] = (work, buffer)
