@@ -5,12 +5,13 @@ into sums. Gradients are summed, never averaged: the loss is already divided by 
 global batch.
 """
 
+from itertools import pairwise
+
 import torch
-from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
-from megallama.model.llama import Llama
+from megallama.model.llama import Llama, Part
 
 COMPUTE_DTYPE = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 MASTER_DTYPE = {"bf16": torch.float32, "fp32": torch.float32, "fp64": torch.float64}
@@ -47,34 +48,52 @@ def shard_over_data(
         if isinstance(child, FSDPModule):
             child.set_gradient_divide_factor(1.0)
             child.set_force_sum_reduction_for_comms(True)
+    for part in module.parts:
+        _prefetch_along(_wrapped_in_order(module, part))
 
 
-def hold_gradients(module: Llama, *, reshard: bool) -> None:
-    """Before a step: no backward reduces gradients or frees weights until it is told to.
+def _wrapped_in_order(module: Llama, part: Part) -> list[FSDPModule]:
+    children: list[object] = [module.embed] * part.first
+    children += [module.layers[str(i)] for i in part.layers]
+    children += [module.head] * part.last
+    return [child for child in children if isinstance(child, FSDPModule)]
 
-    With ZeRO-3 there is no room for whole gradients: every backward does, and shards accumulate.
+
+def _prefetch_along(modules: list[FSDPModule]) -> None:
+    """Gather the next module's weights while one computes, the previous one's in backward.
+
+    Left to itself, FSDP gathers in backward what ran before in forward: at the end of a
+    micro-batch, the head's weights of the one before, for nothing.
+    """
+    for this, after in pairwise(modules):
+        this.set_modules_to_forward_prefetch([after])
+        after.set_modules_to_backward_prefetch([this])
+    for first in modules[:1]:
+        first.set_modules_to_backward_prefetch([first])  # nothing: it is there already
+
+
+def prepare_backward(
+    module: Llama, part: int, *, last_of_part: bool, last_of_rank: bool, zero3: bool
+) -> None:
+    """Say what the next backward, of one part, does with its gradients and gathered weights.
+
+    Weights that stay gathered accumulate whole gradients in fp32 and reduce them once, with the
+    part's last backward (Llama 3, section 3.3.2). With ZeRO-3 there is no room for whole gradients:
+    each backward reduces, and the shards accumulate. Other parts are left alone. A tied weight
+    belongs to two parts: it is the module's own, and its turn comes with the rank's last.
     """
     assert isinstance(module, FSDPModule)
-    module.set_is_last_backward(False)
-    module.set_requires_gradient_sync(reshard)
-    module.set_reshard_after_backward(reshard)
-
-
-def release_gradients(module: Llama, part: int, *, last_of_rank: bool) -> None:
-    """The next backward is the last of a part: reduce its gradients, once, and free its weights
-    (Llama 3, section 3.3.2). A tied weight belongs to two parts and waits for the rank's last.
-    """
-    assert isinstance(module, FSDPModule)
-    this = module.parts[part]
-    released: list[nn.Module | None] = [module.layers[str(i)] for i in this.layers]
-    released += [module.embed] if this.first else []
-    released += [module.head] if this.last else []
-    released += [module] if last_of_rank else []
-    for child in released:
-        if isinstance(child, FSDPModule):
-            child.set_requires_gradient_sync(True, recurse=False)
-            child.set_reshard_after_backward(True, recurse=False)
+    mine = _wrapped_in_order(module, module.parts[part])
+    for child in module.modules():
+        if isinstance(child, FSDPModule) and child is not module:
+            _reduce_next(child, child in mine and (zero3 or last_of_part))
+    _reduce_next(module, zero3 or last_of_rank)
     module.set_is_last_backward(last_of_rank)
+
+
+def _reduce_next(module: FSDPModule, wanted: bool) -> None:
+    module.set_requires_gradient_sync(wanted, recurse=False)
+    module.set_reshard_after_backward(wanted, recurse=False)
 
 
 def free_gathered_weights(module: Llama) -> None:

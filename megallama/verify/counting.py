@@ -39,7 +39,7 @@ class CommunicationCounter(TorchDispatchMode):
         super().__init__()
         self.calls: Counter[tuple[str, str]] = Counter()
         self.bytes: Counter[tuple[str, str]] = Counter()
-        self._axes = dict(_axis_names(groups))
+        self._axes = _labels(groups)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -57,18 +57,33 @@ class CommunicationCounter(TorchDispatchMode):
         self.bytes[key] += max((t.numel() * t.element_size() for t in tensors), default=0)
 
 
+def _labels(groups: ProcessGroupManager) -> dict[str, str]:
+    """Names of process groups to axes: to all of them where axes have the same ranks and share a
+    group, `world, pipeline` for one.
+    """
+    axes: dict[str, list[str]] = {}
+    for group, axis in _axis_names(groups):
+        axes.setdefault(group, []).append(axis)
+    shared = {axis: ", ".join(names) for names in axes.values() if len(names) > 1 for axis in names}
+    return {group: shared.get(names[0], names[0]) for group, names in axes.items()}
+
+
 def _axis_names(groups: ProcessGroupManager) -> Iterator[tuple[str, str]]:
-    """Names of process groups to axes; an axis that spans the world shares its group."""
+    """Names of process groups and what they serve."""
     yield dist.group.WORLD.group_name, "world"  # type: ignore[union-attr]
     yield groups.data.group.group_name, "data"
     sharding = groups.fsdp_mesh.ndim - 1
     if sharding:
         yield groups.fsdp_mesh.get_group(0).group_name, "data_replicate"
-    yield groups.fsdp_mesh.get_group(sharding).group_name, "data_shard"
-    yield groups.context.group.group_name, "context"
-    yield groups.tensor.group.group_name, "tensor"
-    yield groups.pipeline.group.group_name, "pipeline"
+    if groups.data_shard.size * groups.context.size > 1:
+        yield groups.fsdp_mesh.get_group(sharding).group_name, "data_shard"
+    for name in ("context", "tensor", "pipeline"):
+        axis = getattr(groups, name)
+        if axis.size > 1:
+            yield axis.group.group_name, name
     yield groups.pipeline_gradients.group_name, "pipeline"
+    if groups.tied_embedding is not None:
+        yield groups.tied_embedding.group_name, "pipeline"
 
 
 def _group_name(args: Any) -> str:

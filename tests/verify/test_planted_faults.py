@@ -17,10 +17,18 @@ FAULTS = {
     "replicated_kv_heads_not_summed": {"tensor": 4},
     "norm_counted_on_every_tensor_rank": {"tensor": 2},
     "labels_of_padding_counted": {"tensor": 2},
+    "context_gradients_not_summed": {"context": 2},
+    "chunks_in_the_wrong_order": {"context": 2},
+    "positions_restart_in_each_chunk": {"context": 2},
+    "document_leaks_over_a_border": {"context": 2},
+    "ring_block_attributed_to_the_wrong_rank": {"context": 2, "context_method": "ring"},
+    "swapped_messages": {"pipeline": 2},
+    "tied_copies_not_summed": {"pipeline": 2},
 }
 SHAPES = {
     "replicated_kv_heads_not_summed": {"kv_heads": 2},
     "labels_of_padding_counted": {"vocab": 500},
+    "tied_copies_not_summed": {"tie_embeddings": True},
 }
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from megallama.mesh import ProcessGroupManager
 from megallama.model.attention import AttentionPlan
 from megallama.model.llama import Llama
-from megallama.parallel.data import hold_gradients, release_gradients
+from megallama.parallel.data import prepare_backward
 from megallama.parallel.pipeline.schedule import Action, Kind, stage_rank
 
 
@@ -127,15 +127,18 @@ def execute(
     last_backward = {
         action.stage: n for n, action in enumerate(actions) if action.kind == Kind.BACKWARD
     }
-    if last_backward:
-        hold_gradients(stages.module, reshard=stages.reshard_after_forward)
     for n, action in enumerate(actions):
         if action.kind not in (Kind.FORWARD, Kind.BACKWARD):
             _MESSAGES[action.kind](state, action)
             continue
-        if action.kind == Kind.BACKWARD and n == last_backward[action.stage]:
-            last_of_rank = n == max(last_backward.values())
-            release_gradients(stages.module, _part(state, action), last_of_rank=last_of_rank)
+        if action.kind == Kind.BACKWARD:
+            prepare_backward(
+                stages.module,
+                _part(state, action),
+                last_of_part=n == last_backward[action.stage],
+                last_of_rank=n == max(last_backward.values()),
+                zero3=stages.reshard_after_forward,
+            )
         with watch(action), torch.set_grad_enabled(bool(last_backward)):
             _COMPUTE[action.kind](state, action)
     for work, _ in state.sending:
