@@ -31,6 +31,12 @@ _VERIFY = """\
 Prove that a layout computes what one process computes: shrink the model, run the layout on CPU next
 to a single-process reference, and compare initial weights, loss, grad norm and every gradient."""
 
+_DRAW = """\
+Draw a step of the pipeline as an SVG: one row a rank, one box a forward or backward.
+
+  megallama draw CONFIG [KEY=VALUE ...] --output FILE.svg    as the layout plans it
+  megallama draw RUN_FOLDER [--step N] --output FILE.svg     as a run measured it: timeline.jsonl"""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
@@ -56,6 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_train(commands)
     _add_verify(commands)
+    _add_draw(commands)
     _add_config(commands)
     return parser
 
@@ -104,6 +111,20 @@ def _add_verify(commands: Any) -> None:
         help="shrink the layout to at most so many; default: 16",
     )
     command.add_argument("--json", action="store_true", help="print the report as JSON")
+
+
+def _add_draw(commands: Any) -> None:
+    command = _add_command(commands, "draw", "draw a step of the pipeline", _DRAW, _draw)
+    command.add_argument(
+        "source", metavar="CONFIG|RUN_FOLDER", help="a YAML file or shipped run, or a run folder"
+    )
+    command.add_argument(
+        "overrides", metavar="KEY=VALUE", nargs="*", help="of a config: layout.virtual_stages=2"
+    )
+    command.add_argument("--output", metavar="FILE.svg", required=True, help="the picture")
+    command.add_argument(
+        "--step", type=int, metavar="N", help="of a run folder; default: the last measured"
+    )
 
 
 def _add_config(commands: Any) -> None:
@@ -214,6 +235,36 @@ def _verify(options: argparse.Namespace) -> int:
     else:
         print_report(report)
     return 0 if report.passed else 1
+
+
+def _draw(options: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from megallama.config.load import load_config
+    from megallama.config.shipped import names
+    from megallama.train.draw import draw_measured, draw_planned
+
+    source, output = Path(options.source), Path(options.output)
+    measured = source.is_dir() and options.source not in names("runs")
+    if output.suffix != ".svg":
+        raise UserError.one("--output", f"{output} is no SVG: use {output.with_suffix('.svg')}")
+    if measured and options.overrides:
+        what = f"{options.overrides[0]} changes a config, and {source} is a run folder"
+        raise UserError.one("", f"{what}: leave it out, or draw {source / 'config.yaml'}")
+    if not measured and options.step is not None:
+        what = f"{options.step} is a step that was measured, and {source} is a config"
+        raise UserError.one("--step", f"{what}: leave it out, or give the run folder")
+    if measured:
+        picture = draw_measured(source, options.step)
+    else:
+        config = load_config(options.source, options.overrides)
+        picture = draw_planned(config, source.name.removesuffix(".yaml"))
+    try:
+        output.write_text(picture, encoding="utf-8")
+    except OSError as error:
+        what = f"{output} cannot be written ({error.strerror}): use a folder that is there"
+        raise UserError.one("--output", what) from None
+    return 0
 
 
 def _config_show(options: argparse.Namespace) -> int:
