@@ -228,6 +228,9 @@ class MetricsConfig(Section):
     """A line per step and a progress bar."""
     every: Count = 1
     """Steps between console lines."""
+    timeline_every: NonNegative = 0
+    """Steps between those whose forwards and backwards are timed, for `megallama draw RUN`; 0 for
+    none."""
     wandb: WandbConfig = WandbConfig()
 
 

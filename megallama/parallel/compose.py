@@ -13,7 +13,7 @@ from megallama.parallel.context.compose import context_seams
 from megallama.parallel.data import COMPUTE_DTYPE, MASTER_DTYPE, shard_over_data
 from megallama.parallel.materialize import materialize
 from megallama.parallel.pipeline.runtime import LocalStages
-from megallama.parallel.pipeline.split import end_costs, given_split, split_layers
+from megallama.parallel.pipeline.stages import layers_of_stages
 from megallama.parallel.recompute import wrap_block
 from megallama.parallel.tensor import shard_over_tensor, tensor_seams
 
@@ -61,21 +61,3 @@ def build_stages(config: Config, groups: ProcessGroupManager, device: torch.devi
         message_dtype=COMPUTE_DTYPE[precision],
         device=device,
     )
-
-
-def layers_of_stages(config: Config) -> list[range]:
-    """The layers of each pipeline stage: as the layout gives them, or balanced by cost."""
-    model, layout = config.model, config.layout
-    if layout.stage_layers is not None:
-        return given_split(layout.stage_layers, model.layers)
-    first, last = end_costs(
-        hidden=model.hidden,
-        heads=model.heads,
-        kv_heads=model.kv_heads,
-        head_dim=model.head_dim,
-        ffn=model.ffn,
-        vocab=model.vocab,
-        seq_len=config.data.seq_len,
-    )
-    stages = layout.pipeline * layout.virtual_stages
-    return split_layers(model.layers, stages, first_cost=first, last_cost=last)

@@ -1,4 +1,4 @@
-"""What a training step moves: collectives and messages in closed form. Standard library only.
+"""What a training step moves: collectives and messages in closed form. No torch.
 
 docs/communication.md derives the formulas; `verify` counts what really reaches torch.distributed
 and tests hold the two equal. Bytes are those of the whole buffer: what an all-gather yields, what
@@ -6,11 +6,12 @@ a reduce-scatter takes, what an all-reduce reduces, what an all-to-all exchanges
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import ceil, prod
 
 from megallama.config.schema import Config, vocab_rows
+from megallama.parallel.pipeline.stages import layers_of_stages, micro_batches_of_step
 from megallama.parallel.placements import placement
 
 COMPUTE_BYTES = {"bf16": 2, "fp32": 4, "fp64": 8}
@@ -54,10 +55,7 @@ class _Sizes:
 
     @property
     def micro_batches(self) -> int:
-        layout, data = self.config.layout, self.config.data
-        ranks = layout.data_shard * layout.data_replicate
-        rows = layout.micro_batch * ranks
-        return self.config.train.global_batch_tokens // (data.seq_len * rows)
+        return micro_batches_of_step(self.config)
 
     @property
     def tokens(self) -> int:
@@ -93,16 +91,15 @@ class _Sizes:
         return self.micro_batches if self.zero3 else 1
 
 
-def step_volume(config: Config, stages: Sequence[range], pipeline_rank: int) -> list[Volume]:
+def step_volume(config: Config, pipeline_rank: int) -> list[Volume]:
     """What one rank takes part in during one step, by axis and kind, in order.
 
     Args:
         config: with `layout.data_shard` resolved.
-        stages: layers of every stage of the pipeline.
         pipeline_rank: which rank's.
 
     """
-    layout = config.layout
+    layout, stages = config.layout, layers_of_stages(config)
     mine = range(pipeline_rank, len(stages), layout.pipeline)
     sizes = _Sizes(
         config=config,

@@ -7,10 +7,14 @@ from megallama.config.rules import required_processes, resolve_world
 from megallama.config.schema import Config, LayoutConfig
 from megallama.observe.picture import Computation, pipeline_svg
 from megallama.observe.timeline_reader import read_timeline
-from megallama.parallel.compose import layers_of_stages
-from megallama.parallel.pipeline.schedule import Action, Kind, actions, group_sizes
+from megallama.parallel.pipeline.schedule import Action, Kind, group_sizes
 from megallama.parallel.pipeline.simulate import simulate
-from megallama.parallel.pipeline.split import end_costs
+from megallama.parallel.pipeline.stages import (
+    costs_of_ends,
+    layers_of_stages,
+    micro_batches_of_step,
+    program,
+)
 
 WORK = {Kind.FORWARD: 1, Kind.BACKWARD: 2}
 MOST_BOXES = 20_000
@@ -34,8 +38,7 @@ def draw_planned(config: Config, name: str) -> str:
     """
     config = resolve_world(config, required_processes(config, 0))
     layout = config.layout
-    sequences = config.train.global_batch_tokens // config.data.seq_len
-    micro_batches = sequences // (layout.micro_batch * layout.data_shard * layout.data_replicate)
+    micro_batches = micro_batches_of_step(config)
     stages = layout.pipeline * layout.virtual_stages
     if (boxes := 2 * stages * micro_batches) > MOST_BOXES:
         most = MOST_BOXES // (2 * stages)
@@ -46,17 +49,7 @@ def draw_planned(config: Config, name: str) -> str:
             "(layout.data_shard) or "
             f"train.global_batch_tokens={config.train.global_batch_tokens // micro_batches * most}",
         )
-    programs = [
-        actions(
-            layout.schedule,
-            rank,
-            layout.pipeline,
-            micro_batches,
-            virtual_stages=layout.virtual_stages,
-            group=layout.micro_batch_group,
-        )
-        for rank in range(layout.pipeline)
-    ]
+    programs = [program(config, rank, micro_batches) for rank in range(layout.pipeline)]
     costs = _stage_costs(config)
 
     def cost(action: Action) -> float:
@@ -79,17 +72,8 @@ def _title(name: str, layout: LayoutConfig, micro_batches: int) -> str:
 
 
 def _stage_costs(config: Config) -> list[float]:
-    model = config.model
     costs = [float(len(layers)) for layers in layers_of_stages(config)]
-    embedding, head = end_costs(
-        hidden=model.hidden,
-        heads=model.heads,
-        kv_heads=model.kv_heads,
-        head_dim=model.head_dim,
-        ffn=model.ffn,
-        vocab=model.vocab,
-        seq_len=config.data.seq_len,
-    )
+    embedding, head = costs_of_ends(config)
     costs[0] += embedding
     costs[-1] += head
     return costs

@@ -12,6 +12,7 @@ from megallama.data.sampler import Samples
 from megallama.observe.device import reset_peak_memory
 from megallama.observe.record import EvalRecord
 from megallama.observe.sinks import Fanout, observers
+from megallama.parallel.pipeline.runtime import unwatched
 from megallama.train.environment import Place
 from megallama.train.lock import lock_folder
 from megallama.train.lr import learning_rate
@@ -19,6 +20,7 @@ from megallama.train.preflight import Prepared
 from megallama.train.report import Reporter
 from megallama.train.session import build_trainer, process_group, resume, save_checkpoint
 from megallama.train.step import Trainer, evaluate, train_step
+from megallama.train.timeline import Timeline, write_timeline
 
 
 class Preempted(Exception):  # noqa: N818 - it says what happened
@@ -41,6 +43,7 @@ def train(prepared: Prepared, place: Place) -> None:
 
     """
     config, dataset = prepared.config, prepared.dataset
+    timeline_every = config.metrics.timeline_every
     if place.rank == 0:
         lock_folder(Path(config.run))
     stop = _note_stop_signals()
@@ -62,9 +65,13 @@ def train(prepared: Prepared, place: Place) -> None:
             batches = read_step(trainer, dataset.train, step)
             data_wait_s = time.perf_counter() - began
             lr = learning_rate(config.lr_schedule, config.optimizer.lr, config.train.steps, step)
-            result = train_step(trainer, batches, lr, stop=stop)
+            timeline = Timeline(trainer) if _due(step + 1, timeline_every, False) else None
+            watch_action = timeline.watch if timeline else unwatched
+            result = train_step(trainer, batches, lr, stop=stop, watch=watch_action)
             watch.step(reporter.step(step, result, lr, time.perf_counter() - began, data_wait_s))
             done = step + 1
+            if timeline:
+                write_timeline(timeline, trainer, done)
             finished = done == config.train.steps
             evaluating = _due(done, config.evaluation.every, finished) and not result.stop_requested
             if dataset.held_out and evaluating:

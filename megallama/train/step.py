@@ -15,8 +15,9 @@ from megallama.observe.mfu import attended_pairs
 from megallama.parallel.collectives import sum_over, sum_over_world
 from megallama.parallel.context.compose import Stream, plan_for_rank
 from megallama.parallel.data import MASTER_DTYPE, free_gathered_weights
-from megallama.parallel.pipeline.runtime import LocalStages, MicroBatch, execute
-from megallama.parallel.pipeline.schedule import actions
+from megallama.parallel.pipeline.runtime import LocalStages, MicroBatch, Watch, execute, unwatched
+from megallama.parallel.pipeline.schedule import FORWARD_ONLY
+from megallama.parallel.pipeline.stages import program
 from megallama.train.optimizer import (
     clip,
     local_gradients,
@@ -63,6 +64,7 @@ def train_step(
     lr: float,
     *,
     stop: Callable[[], bool] = lambda: False,
+    watch: Watch = unwatched,
 ) -> StepResult:
     """Forward, backward, reduce, clip, update.
 
@@ -71,6 +73,7 @@ def train_step(
         batches: the micro-batches this rank reads in this step.
         lr: learning rate of the step.
         stop: whether this rank was asked to stop; asked once backward is done.
+        watch: what each forward and backward runs in.
 
     The loss is the sum of token losses over the valid tokens of the global batch, whatever the
     layout and the number of micro-batches: each token is divided by that number before backward,
@@ -81,7 +84,7 @@ def train_step(
 
     """
     config, groups, module = trainer.config, trainer.groups, trainer.stages.module
-    loss_share, counts = _run(trainer, batches, config.layout.schedule)
+    loss_share, counts = _run(trainer, batches, config.layout.schedule, watch)
     gradients = local_gradients(module)
     sum_tied_gradient(gradients, groups)
     squares = squared_norm_share(gradients, groups, config.model.kv_heads)
@@ -104,7 +107,7 @@ def evaluate(trainer: Trainer, steps: Sequence[Sequence[Batch]]) -> tuple[float,
     """Mean loss over the valid tokens of several global batches, and their number."""
     total, valid = 0.0, 0
     for batches in steps:
-        loss_share, counts = _run(trainer, batches, "forward_only")
+        loss_share, counts = _run(trainer, batches, FORWARD_ONLY, unwatched)
         tokens = int(counts[0])
         total += sum_over_world(loss_share).item() * tokens
         valid += tokens
@@ -112,7 +115,9 @@ def evaluate(trainer: Trainer, steps: Sequence[Sequence[Batch]]) -> tuple[float,
     return total / max(1, valid), valid
 
 
-def _run(trainer: Trainer, batches: Sequence[Batch], schedule: str) -> tuple[Tensor, Tensor]:
+def _run(
+    trainer: Trainer, batches: Sequence[Batch], schedule: str, watch: Watch
+) -> tuple[Tensor, Tensor]:
     """Execute a schedule.
 
     Returns:
@@ -120,20 +125,13 @@ def _run(trainer: Trainer, batches: Sequence[Batch], schedule: str) -> tuple[Ten
         pairs]` of the global batch.
 
     """
-    stages, groups, layout = trainer.stages, trainer.groups, trainer.config.layout
+    stages, groups = trainer.stages, trainer.groups
     micro_batches = [_to_device(batch, trainer) for batch in batches]
     counts = sum_over(_counts(batches).to(stages.device), groups.data.group)
     dtype = MASTER_DTYPE[trainer.config.train.precision]
     loss_scale = 1 / counts[0].clamp(min=1).to(dtype)
-    todo = actions(
-        schedule,
-        groups.pipeline.rank,
-        groups.pipeline.size,
-        len(micro_batches),
-        virtual_stages=layout.virtual_stages,
-        group=layout.micro_batch_group,
-    )
-    loss = execute(todo, stages, micro_batches, groups, loss_scale)
+    todo = program(trainer.config, groups.pipeline.rank, len(micro_batches), schedule)
+    loss = execute(todo, stages, micro_batches, groups, loss_scale, watch)
     return (loss if groups.tensor.rank == 0 else torch.zeros_like(loss)), counts
 
 

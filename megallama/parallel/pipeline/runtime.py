@@ -46,6 +46,15 @@ class LocalStages:
     device: torch.device
 
 
+Watch = Callable[[Action], AbstractContextManager[None]]
+"""Called with each forward and backward; it runs inside what is returned."""
+
+
+def unwatched(_: Action) -> AbstractContextManager[None]:
+    """A Watch that does nothing."""
+    return nullcontext()
+
+
 _Key = tuple[int, int]
 """Stage and micro-batch."""
 
@@ -105,7 +114,7 @@ def execute(
     micro_batches: Sequence[MicroBatch],
     groups: ProcessGroupManager,
     loss_scale: Tensor,
-    watch: Callable[[Action], AbstractContextManager[None]] = lambda _: nullcontext(),
+    watch: Watch,
 ) -> Tensor:
     """Run one step's actions.
 
