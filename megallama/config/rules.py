@@ -215,6 +215,15 @@ def _interleaving_has_a_pipeline(config: Config) -> Iterator[Problem]:
         )
 
 
+def _overlap_has_tensor_ranks(config: Config) -> Iterator[Problem]:
+    if config.layout.tensor_overlap and config.layout.tensor == 1:
+        yield Problem(
+            "layout.tensor_overlap",
+            "true overlaps the collectives of layout.tensor ranks, which is 1: leave it out, or "
+            "use tensor: 2 or more",
+        )
+
+
 def _given_stages_hold_the_layers(config: Config) -> Iterator[Problem]:
     given, layers = config.layout.stage_layers, config.model.layers
     if given is None:
@@ -288,6 +297,7 @@ RULES: tuple[Callable[[Config], Iterator[Problem]], ...] = (
     _min_lr_is_below_peak,
     _data_shard_is_not_zero,
     _interleaving_has_a_pipeline,
+    _overlap_has_tensor_ranks,
     _given_stages_hold_the_layers,
     _exchanged_heads_are_even,
     _exchange_needs_no_balance,

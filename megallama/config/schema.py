@@ -79,6 +79,9 @@ class LayoutConfig(Section):
 
     tensor: Count = 1
     """Ranks that split each weight matrix; sequence parallelism is always on with it."""
+    tensor_overlap: bool = False
+    """Run tensor-parallel collectives inside the matrix products, through symmetric memory: GPUs of
+    one node with NVLink."""
     context: Count = 1
     """Ranks that split each micro-batch's tokens."""
     context_method: Literal["all_gather", "ring", "ulysses"] = "all_gather"

@@ -12,6 +12,7 @@ from megallama.model.seams import Seams
 from megallama.parallel.context.compose import context_seams
 from megallama.parallel.data import COMPUTE_DTYPE, MASTER_DTYPE, shard_over_data
 from megallama.parallel.materialize import materialize
+from megallama.parallel.overlap import overlap_seams
 from megallama.parallel.pipeline.runtime import LocalStages
 from megallama.parallel.pipeline.stages import layers_of_stages
 from megallama.parallel.recompute import wrap_block
@@ -31,6 +32,7 @@ def build_stages(config: Config, groups: ProcessGroupManager, device: torch.devi
     split = groups.tensor.size > 1
     seams = Seams(
         **(tensor_seams(groups.tensor, model.kv_heads) if split else {})  # type: ignore[arg-type]
+        | (overlap_seams(groups.tensor.group) if layout.tensor_overlap else {})
         | context_seams(groups, layout.context_method)
     )
     ranges = layers_of_stages(config)

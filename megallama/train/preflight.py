@@ -33,6 +33,7 @@ def prepare_run(config: Config, world_size: int) -> Prepared:
     config = resolve_world(config, world_size)
     problems = [
         *_device_problems(),
+        *_overlap_problems(config),
         *_folder_problems(Path(config.run)),
         *_wandb_problems(config.metrics.wandb),
     ]
@@ -57,6 +58,13 @@ def _device_problems() -> list[Problem]:
             )
         )
     return problems
+
+
+def _overlap_problems(config: Config) -> list[Problem]:
+    if not config.layout.tensor_overlap or torch.cuda.is_available():
+        return []
+    what = "true needs GPUs that see each other's memory, and this machine has none"
+    return [Problem("layout.tensor_overlap", f"{what}: leave it out, or set it to false")]
 
 
 def _folder_problems(run: Path) -> list[Problem]:

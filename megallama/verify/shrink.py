@@ -22,7 +22,7 @@ def shrink(config: Config, *, dtype: str, steps: int, max_processes: int) -> Con
     Kept: the axes that are used and how, schedule, virtual stages, fewer micro-batches than ranks,
     tying, grouped-query ratio up to 2 and kv_heads below tensor, RoPE scaling, uneven vocabulary
     and layers, document mask, clipping, activation checkpointing, compile. Axes are halved, the
-    largest first, until they fit.
+    largest first, until they fit. Not kept: overlap through symmetric memory, which needs GPUs.
 
     Args:
         config: to be shrunk; a `data_shard` of -1 becomes 2, so that sharding is exercised.
@@ -89,7 +89,7 @@ def _shrink_layout(layout: LayoutConfig, max_processes: int) -> LayoutConfig:
     given = layout.stage_layers if sizes["pipeline"] == layout.pipeline else None
     if given is not None:
         given = [1 + (layers == max(given)) for layers in given]
-    changes: dict[str, Any] = {"stage_layers": given}
+    changes: dict[str, Any] = {"stage_layers": given, "tensor_overlap": False}
     if sizes["pipeline"] == 1 and layout.virtual_stages > 1:
         changes |= {"schedule": "1f1b", "virtual_stages": 1}
     return layout.model_copy(update=sizes | changes)

@@ -71,6 +71,10 @@ def gpus(count: int) -> Callable[[Path, pytest.MonkeyPatch], object]:
     return apply
 
 
+def no_gpus(_: Path, patch: pytest.MonkeyPatch) -> None:
+    patch.setattr("torch.cuda.is_available", lambda: False)
+
+
 def both(*parts: Callable[[Path, pytest.MonkeyPatch], object]) -> Callable[..., object]:
     return lambda folder, patch: [part(folder, patch) for part in parts]
 
@@ -254,6 +258,13 @@ CASES = [
         "layout.schedule",
         ("needs layout.pipeline of 2 or more, which is 1", "or 2 pipeline ranks"),
         given=("layout.schedule=interleaved_1f1b", "layout.virtual_stages=2"),
+    ),
+    Case(
+        "overlap without GPUs",
+        "layout.tensor_overlap",
+        ("true needs GPUs", "this machine has none", "set it to false"),
+        given=("layout.tensor_overlap=true", "layout.tensor=2"),
+        around=both(no_gpus, variables(RANK="0", LOCAL_RANK="0", WORLD_SIZE="2")),
     ),
     Case(
         "stages that hold too few layers",

@@ -17,6 +17,7 @@ from megallama.model.llama import Llama
 from megallama.model.seams import IGNORED_LABEL, Seams
 from megallama.parallel import tensor
 from megallama.parallel.materialize import materialize
+from megallama.parallel.overlap import overlap_seams
 from megallama.parallel.placements import placement
 from tests.model.small import plan_of, small_config
 from tests.ranks import ranks
@@ -146,7 +147,7 @@ def check_gathered_tokens_are_not_saved() -> None:
     assert [s.data_ptr() for s in wide] == [logits.data_ptr()], "a copy of the logits is kept"
 
 
-def check_model(changes: dict[str, Any]) -> None:
+def check_model(changes: dict[str, Any], *, overlap: bool = False) -> None:
     """`local`, and all seams together: losses and every gradient."""
     config = small_config(**({"heads": 8, "kv_heads": 4} | changes))
     lengths, size = [T // 2, T // 4, T // 4], dist.get_world_size()
@@ -160,7 +161,7 @@ def check_model(changes: dict[str, Any]) -> None:
     upstream = torch.rand_like(wanted)
     wanted.backward(upstream)
 
-    model = tensor_parallel(config, seed=5)
+    model = tensor_parallel(config, seed=5, overlap=overlap)
     for name, parameter in model.named_parameters():
         dim = placement(name, kv_heads=config.kv_heads, tensor=size).shard_dim
         whole = dict(expected.named_parameters())[name]
@@ -177,9 +178,10 @@ def check_model(changes: dict[str, Any]) -> None:
         assert off < 1e-12, f"{name}: {off:.1e}"
 
 
-def tensor_parallel(config: ModelConfig, seed: int) -> Llama:
+def tensor_parallel(config: ModelConfig, seed: int, *, overlap: bool = False) -> Llama:
     groups = build_process_groups(LayoutConfig(tensor=dist.get_world_size(), data_shard=1), "cpu")
-    seams = Seams(**tensor.tensor_seams(groups.tensor, config.kv_heads))
+    overlapped = overlap_seams(groups.tensor.group) if overlap else {}
+    seams = Seams(**tensor.tensor_seams(groups.tensor, config.kv_heads) | overlapped)
     with torch.device("meta"):
         model = Llama(config, seams).double()
     tensor.shard_over_tensor(model, groups, config.kv_heads)
@@ -262,3 +264,16 @@ def test_ranks_share_the_head_their_queries_attend_to(kv_heads: int, size: int, 
     layout = placement("layers.0.wkv", kv_heads=kv_heads, tensor=size)
     places = [SimpleNamespace(rank=rank) for rank in range(size)]
     assert [tensor.kv_head_of(place, layout) for place in places] == heads
+
+
+@ranks(2)
+def test_overlapped_products_are_the_same_model():
+    """On CPU with torch's own unfused fallbacks; `tests/parallel/test_overlap.py` on GPUs."""
+    from torch.distributed import _symmetric_memory as symmetric
+
+    library = torch.library.Library("symm_mem", "IMPL")
+    library.impl("fused_all_gather_matmul", symmetric._fused_all_gather_matmul_fallback, "CPU")
+    library.impl(
+        "fused_matmul_reduce_scatter", symmetric._fused_matmul_reduce_scatter_fallback, "CPU"
+    )
+    check_model({}, overlap=True)

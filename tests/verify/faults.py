@@ -52,11 +52,11 @@ def mean_of_micro_batch_means() -> None:
 
     forward = runtime._forward
 
-    def per_micro_batch(state, action):
+    def per_micro_batch(state, action, received):
         valid = (state.micro_batches[action.micro_batch].labels >= 0).sum().clamp(min=1)
         whole = state.loss_scale
         state.loss_scale = 1 / (valid * len(state.micro_batches)).to(whole.dtype)
-        forward(state, action)
+        forward(state, action, received)
         state.loss_scale = whole
 
     runtime._COMPUTE[runtime.Kind.FORWARD] = per_micro_batch
@@ -91,11 +91,11 @@ def step_before_the_last_micro_batch() -> None:
 
     backward = runtime._backward
 
-    def without_the_last(state, action):
+    def without_the_last(state, action, received):
         key = (action.stage, action.micro_batch)
         if action.micro_batch == len(state.micro_batches) - 1:
             state.outputs[key] = state.outputs[key] * 0
-        backward(state, action)
+        backward(state, action, received)
 
     runtime._COMPUTE[runtime.Kind.BACKWARD] = without_the_last
 
@@ -194,10 +194,10 @@ def swapped_messages() -> None:
 
     receive = runtime._received
 
-    def swapped(state, kind, action):
+    def swapped(state, action):
         first = action.micro_batch < 2
         return receive(
-            state, kind, action._replace(micro_batch=1 - action.micro_batch) if first else action
+            state, action._replace(micro_batch=1 - action.micro_batch) if first else action
         )
 
     runtime._received = swapped

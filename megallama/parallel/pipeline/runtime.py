@@ -148,8 +148,9 @@ def execute(
                 last_of_rank=n == max(last_backward.values()),
                 zero3=stages.reshard_after_forward,
             )
+        received = _received(state, action)
         with watch(action), torch.set_grad_enabled(bool(last_backward)):
-            _COMPUTE[action.kind](state, action)
+            _COMPUTE[action.kind](state, action, received)
     for work, _ in state.sending:
         work.wait()
     return torch.zeros_like(loss_scale) if state.loss is None else state.loss
@@ -159,12 +160,12 @@ def _part(state: _Execution, action: Action) -> int:
     return action.stage // state.groups.pipeline.size
 
 
-def _forward(state: _Execution, action: Action) -> None:
+def _forward(state: _Execution, action: Action, received: Tensor | None) -> None:
     stage, m = action.stage, action.micro_batch
     batch = state.micro_batches[m]
     last = stage == state.stages.count - 1
-    x = batch.tokens if stage == 0 else _received(state, Kind.RECEIVE_ACTIVATION, action)
-    if stage > 0 and torch.is_grad_enabled():
+    x = batch.tokens if received is None else received
+    if received is not None and torch.is_grad_enabled():
         x.requires_grad_()
     labels = batch.labels if last else None
     out = state.stages.module(x, batch.plan, labels, _part(state, action))
@@ -175,11 +176,10 @@ def _forward(state: _Execution, action: Action) -> None:
         state.inputs[stage, m], state.outputs[stage, m] = x, out
 
 
-def _backward(state: _Execution, action: Action) -> None:
+def _backward(state: _Execution, action: Action, received: Tensor | None) -> None:
     stage, m = action.stage, action.micro_batch
-    if stage < state.stages.count - 1:
-        gradient = _received(state, Kind.RECEIVE_GRADIENT, action)
-        state.output_gradients.pop((stage, m)).append(gradient)
+    if received is not None:
+        state.output_gradients.pop((stage, m)).append(received)
     x = state.inputs.pop((stage, m))
     state.outputs.pop((stage, m)).backward()
     if stage > 0:
@@ -187,8 +187,14 @@ def _backward(state: _Execution, action: Action) -> None:
         state.input_gradients[stage, m] = x.grad
 
 
-def _received(state: _Execution, kind: Kind, action: Action) -> Tensor:
-    work, buffer = state.arriving.pop((kind, action.stage, action.micro_batch))
+def _received(state: _Execution, action: Action) -> Tensor | None:
+    """The message that a forward or backward computes with; None where it needs none."""
+    key = (_NEEDS[action.kind], action.stage, action.micro_batch)
+    if key not in state.arriving:
+        ends = {Kind.FORWARD: 0, Kind.BACKWARD: state.stages.count - 1}
+        assert action.stage == ends[action.kind], f"nothing was received for {action}"
+        return None
+    work, buffer = state.arriving.pop(key)
     work.wait()
     return buffer
 
@@ -217,10 +223,11 @@ def _receive_gradient(state: _Execution, action: Action) -> None:
     _receive(state, action, action.stage + 1, state.groups.pipeline_gradients)
 
 
-_COMPUTE: dict[Kind, Callable[[_Execution, Action], None]] = {
+_COMPUTE: dict[Kind, Callable[[_Execution, Action, Tensor | None], None]] = {
     Kind.FORWARD: _forward,
     Kind.BACKWARD: _backward,
 }
+_NEEDS = {Kind.FORWARD: Kind.RECEIVE_ACTIVATION, Kind.BACKWARD: Kind.RECEIVE_GRADIENT}
 _MESSAGES: dict[Kind, Callable[[_Execution, Action], None]] = {
     Kind.SEND_ACTIVATION: _send_activation,
     Kind.SEND_GRADIENT: _send_gradient,
