@@ -24,6 +24,8 @@ MODEL = {
     "vocab": 512,
 }
 
+WITHOUT_DOCUMENTS = {"data": {"document_mask": False}}
+
 LAYOUTS: dict[str, dict[str, Any]] = {
     "one process": {},
     "TP2": {"layout": {"tensor": 2}},
@@ -86,7 +88,44 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "CP4 ring": {"layout": {"context": 4, "context_method": "ring"}},
     "CP2 Ulysses": {"layout": {"context": 2, "context_method": "ulysses"}},
     "CP4 Ulysses": {"layout": {"context": 4, "context_method": "ulysses"}},
+    "CP2, no documents": {"layout": {"context": 2}, **WITHOUT_DOCUMENTS},
+    "CP4, no documents": {"layout": {"context": 4}, **WITHOUT_DOCUMENTS},
+    "CP2 ring, no documents": {
+        "layout": {"context": 2, "context_method": "ring"},
+        **WITHOUT_DOCUMENTS,
+    },
+    "CP4 ring, no documents": {
+        "layout": {"context": 4, "context_method": "ring"},
+        **WITHOUT_DOCUMENTS,
+    },
+    "CP2 Ulysses, no documents": {
+        "layout": {"context": 2, "context_method": "ulysses"},
+        **WITHOUT_DOCUMENTS,
+    },
+    "CP4 Ulysses, no documents": {
+        "layout": {"context": 4, "context_method": "ulysses"},
+        **WITHOUT_DOCUMENTS,
+    },
+    "CP2 per document": {"layout": {"context": 2, "context_balance": "per_document"}},
+    "CP4 ring per document": {
+        "layout": {"context": 4, "context_method": "ring", "context_balance": "per_document"}
+    },
+    "kv_heads 2, CP4 Ulysses": {
+        "layout": {"context": 4, "context_method": "ulysses"},
+        "model": {"kv_heads": 2},
+    },
     "TP2 CP2": {"layout": {"tensor": 2, "context": 2}},
+    "TP2 CP2 ring": {"layout": {"tensor": 2, "context": 2, "context_method": "ring"}},
+    "TP2 CP2 Ulysses": {"layout": {"tensor": 2, "context": 2, "context_method": "ulysses"}},
+    "kv_heads 2, TP4 CP2": {"layout": {"tensor": 4, "context": 2}, "model": {"kv_heads": 2}},
+    "full recomputation, TP2 CP2": {
+        "layout": {"tensor": 2, "context": 2},
+        "train": {"activation_checkpointing": "full"},
+    },
+    "selective recomputation, CP2 ring": {
+        "layout": {"context": 2, "context_method": "ring"},
+        "train": {"activation_checkpointing": "selective"},
+    },
     "CP2 PP2": {"layout": {"context": 2, "pipeline": 2}},
     "CP2 FSDP2": {"layout": {"context": 2, "data_shard": 2}},
     "CP2 replicas 2": {"layout": {"context": 2, "data_replicate": 2}},
@@ -141,6 +180,17 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "tied, interleaved V=2, PP2": {
         "layout": {"pipeline": 2, "schedule": "interleaved_1f1b", "virtual_stages": 2},
         "model": {"tie_embeddings": True},
+    },
+    **{
+        f"interleaved V=2, PP2, N={group}": {
+            "layout": {
+                "pipeline": 2,
+                "schedule": "interleaved_1f1b",
+                "virtual_stages": 2,
+                "micro_batch_group": group,
+            }
+        }
+        for group in range(1, 9)
     },
     "without clipping, FSDP2": {"layout": {"data_shard": 2}, "train": {"grad_clip": 0.0}},
 }

@@ -9,7 +9,14 @@ import pytest
 from megallama.verify.run import verify
 from tests.verify.layouts import LAYOUTS, STEPS, make_config
 
-IN_EVERY_RUN = {"TP2 PP2", "HSDP 2x2", "kv_heads 2, TP4"}
+IN_EVERY_RUN = {
+    "TP2 PP2",
+    "HSDP 2x2",
+    "kv_heads 2, TP4",
+    "CP2",
+    "CP2 ring",
+    "interleaved V=2, PP2",
+}
 
 
 def cases(in_every_run: set[str]) -> list[Any]:
@@ -36,6 +43,6 @@ def test_float32(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["TP2", "PP2", "FSDP2", "TP2 PP2 FSDP2", "HSDP 2x2"])
+@pytest.mark.parametrize("name", ["TP2", "PP2", "FSDP2", "TP2 PP2 FSDP2", "HSDP 2x2", "CP2"])
 def test_bf16(name):
     assert_same_numbers(make_config(**LAYOUTS[name]), "bf16")
