@@ -46,6 +46,44 @@ def test_evaluation_only_watches(finished: Finished, layout: tuple[str, ...]):
     assert curve(watched) == curve(finished(*layout))
 
 
+@pytest.mark.parametrize(
+    "layout",
+    [
+        PIPELINE,
+        ("layout.context=2",),
+        (*PIPELINE, "layout.schedule=interleaved_1f1b", "layout.virtual_stages=2"),
+        pytest.param((*FOUR, "layout.context=2"), marks=pytest.mark.slow),
+    ],
+    ids=" ".join,
+)
+def test_held_out_loss_is_the_same_in_any_layout(finished: Finished, layout: tuple[str, ...]):
+    model = ("model.layers=4", "model.tie_embeddings=true")
+    evaluating = (*model, "evaluation.every=3", "evaluation.batches=2")
+    (_, first), (_, last) = evaluations(finished(*layout, *evaluating))
+    (_, first_alone), (_, last_alone) = evaluations(finished(*evaluating))
+    assert abs(first / first_alone - 1) < 1e-12
+    assert abs(last / last_alone - 1) < 1e-9
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (PIPELINE, SHARDED),
+        (SHARDED, (*PIPELINE, "layout.schedule=interleaved_1f1b", "layout.virtual_stages=2")),
+    ],
+)
+def test_a_tied_weight_on_two_ranks_resumes_anywhere(
+    tmp_path: Path, before: tuple[str, ...], after: tuple[str, ...]
+):
+    model = ("model.layers=4", "model.tie_embeddings=true")
+    run = tmp_path / "run"
+    assert train(run, *model, *before, "checkpoint.every=3") == 0
+    whole = losses(run)
+    rewind(run, 3)
+    assert train(run, *model, *after) == 0
+    assert apart(losses(run), whole) < 1e-9
+
+
 @pytest.mark.parametrize("layout", [SHARDED, PIPELINE], ids=" ".join)
 def test_checkpoints_only_watch(finished: Finished, layout: tuple[str, ...]):
     saving = finished(*layout, "checkpoint.every=1", "checkpoint.keep=2")
