@@ -110,8 +110,9 @@ class LayoutConfig(Section):
     micro_batch: Count = 1
     """Sequences in one forward pass of one data-parallel rank."""
     reshard_after_forward: bool | None = None
-    """Free gathered weights after each block's forward (ZeRO-3). Default: yes without pipeline, no
-    with it."""
+    """Free gathered weights after each block's forward (ZeRO-3), and reduce gradients with every
+    backward. Default: where several ranks shard the weights and there is no pipeline. Over one rank
+    it saves the compute-dtype copy of the weights and of their gradients, at a copy each time."""
 
 
 class SourceConfig(Section):
@@ -252,6 +253,13 @@ class Config(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     metrics: MetricsConfig = MetricsConfig()
+
+
+def frees_weights(layout: LayoutConfig) -> bool:
+    """`reshard_after_forward`, or its default; `data_shard` is resolved."""
+    several = layout.data_shard * layout.context > 1
+    asked = layout.reshard_after_forward
+    return several and layout.pipeline == 1 if asked is None else asked
 
 
 VOCAB_MULTIPLE = 128

@@ -5,7 +5,7 @@ stage -> tensor and context seams -> activation checkpointing, compile -> FSDP -
 
 import torch
 
-from megallama.config.schema import Config
+from megallama.config.schema import Config, frees_weights
 from megallama.mesh import ProcessGroupManager
 from megallama.model.llama import Llama, Part
 from megallama.model.seams import Seams
@@ -50,8 +50,7 @@ def build_stages(config: Config, groups: ProcessGroupManager, device: torch.devi
             activation_checkpointing=config.train.activation_checkpointing,
             compile_block=config.train.compile,
         )
-    reshard = layout.reshard_after_forward
-    reshard = layout.pipeline == 1 if reshard is None else reshard
+    reshard = frees_weights(layout)
     shard_over_data(module, groups.fsdp_mesh, precision=precision, reshard_after_forward=reshard)
     materialize(module, model, groups, config.train.seed, device)
     tokens = config.data.seq_len * layout.micro_batch // layout.context

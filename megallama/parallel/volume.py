@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from math import ceil, prod
 
-from megallama.config.schema import Config, vocab_rows
+from megallama.config.schema import Config, frees_weights, vocab_rows
 from megallama.parallel.pipeline.stages import layers_of_stages, micro_batches_of_step
 from megallama.parallel.placements import placement
 
@@ -78,8 +78,7 @@ class _Sizes:
 
     @property
     def zero3(self) -> bool:
-        reshard = self.config.layout.reshard_after_forward
-        return self.config.layout.pipeline == 1 if reshard is None else reshard
+        return frees_weights(self.config.layout)
 
     @property
     def recomputed(self) -> bool:
