@@ -37,6 +37,11 @@ class ProcessGroupManager:
     pipeline_gradients: dist.ProcessGroup
     """A second group over the pipeline's ranks: gradients travel against activations, and sharing
     one ordered channel could deadlock."""
+    pipeline_wrap: dist.ProcessGroup
+    """For activations from the last rank to rank 0, under virtual stages: over two ranks these two
+    would share a channel with those from rank 0 to the last."""
+    pipeline_wrap_gradients: dist.ProcessGroup
+    """For gradients from rank 0 to the last, likewise."""
     tied_embedding: dist.ProcessGroup | None
     """The pipeline's first and last rank, on those, if both hold the one weight of embedding and
     head."""
@@ -83,8 +88,10 @@ def build_process_groups(
     sharding = mesh["data_shard", "context"]._flatten("fsdp")
     data = mesh["data_replicate", "data_shard"]._flatten("data")
     replicated = layout.data_replicate > 1
-    gradients = _group_of(_pipelines(mesh))
-    assert gradients is not None, "every rank is in a pipeline"
+    virtual = layout.virtual_stages > 1
+    channels = [_group_of(_pipelines(mesh)) for _ in range(3 if virtual else 1)]
+    gradients, wrap, wrap_gradients = (channels * 3)[:3]
+    assert gradients and wrap and wrap_gradients, "every rank is in a pipeline"
     copies = mesh["data_replicate"]
     shared = tie_embeddings and layout.pipeline > 1
     return ProcessGroupManager(
@@ -93,6 +100,8 @@ def build_process_groups(
         data=_axis(data),
         fsdp_mesh=DeviceMesh._concatenate([copies, sharding]) if replicated else sharding,
         pipeline_gradients=gradients,
+        pipeline_wrap=wrap,
+        pipeline_wrap_gradients=wrap_gradients,
         tied_embedding=_group_of(_pipelines(mesh, ends=True)) if shared else None,
     )
 

@@ -89,6 +89,8 @@ def _stages_have_layers(config: Config) -> Iterator[Problem]:
     stages = layout.pipeline * layout.virtual_stages
     # Where a rank has several stages, the first and the last of all may have no layer: they have
     # the embedding and the head (Llama 3 405B: 126 layers, 128 stages).
+    if layout.stage_layers is not None:
+        return  # another rule looks at them
     spare = 2 if layout.virtual_stages > 1 else 0
     if stages <= layers + spare:
         return
@@ -215,15 +217,6 @@ def _interleaving_has_a_pipeline(config: Config) -> Iterator[Problem]:
         )
 
 
-def _overlap_has_tensor_ranks(config: Config) -> Iterator[Problem]:
-    if config.layout.tensor_overlap and config.layout.tensor == 1:
-        yield Problem(
-            "layout.tensor_overlap",
-            "true overlaps the collectives of layout.tensor ranks, which is 1: leave it out, or "
-            "use tensor: 2 or more",
-        )
-
-
 def _given_stages_hold_the_layers(config: Config) -> Iterator[Problem]:
     given, layers = config.layout.stage_layers, config.model.layers
     if given is None:
@@ -297,7 +290,6 @@ RULES: tuple[Callable[[Config], Iterator[Problem]], ...] = (
     _min_lr_is_below_peak,
     _data_shard_is_not_zero,
     _interleaving_has_a_pipeline,
-    _overlap_has_tensor_ranks,
     _given_stages_hold_the_layers,
     _exchanged_heads_are_even,
     _exchange_needs_no_balance,

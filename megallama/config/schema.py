@@ -81,7 +81,7 @@ class LayoutConfig(Section):
     """Ranks that split each weight matrix; sequence parallelism is always on with it."""
     tensor_overlap: bool = False
     """Run tensor-parallel collectives inside the matrix products, through symmetric memory: GPUs of
-    one node with NVLink."""
+    one node with NVLink. With context_method all_gather, all but those of attention's entry."""
     context: Count = 1
     """Ranks that split each micro-batch's tokens."""
     context_method: Literal["all_gather", "ring", "ulysses"] = "all_gather"
@@ -158,7 +158,8 @@ class TrainConfig(Section):
     grad_clip: Annotated[float, Field(ge=0)] = 1.0
     """Largest norm of the global gradient; 0 turns clipping off."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
-    """What backward recomputes: nothing, all but matrix products and attention, or whole blocks."""
+    """What backward recomputes: nothing, all but matrix products and attention (but a ring's), or
+    whole blocks."""
     compile: bool = False
     """torch.compile each block."""
     deterministic: bool = False

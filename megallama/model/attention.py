@@ -27,7 +27,7 @@ from torch.nn.attention.flex_attention import (
 
 from megallama.config.schema import ModelConfig
 from megallama.model.precision import at_least_float32
-from megallama.model.rope import rotary_table
+from megallama.model.rope import rotary_table, table_dtype
 
 
 class Segment(NamedTuple):
@@ -79,8 +79,7 @@ def plan_attention(
     """
     lengths = {stop - start for start, stop in pairwise(cu_seqlens)}
     dense = len(lengths) == 1 and queries is None
-    table_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-    cos, sin = key_cos, key_sin = rotary_table(config, position_ids, table_dtype)
+    cos, sin = key_cos, key_sin = rotary_table(config, position_ids, table_dtype(dtype))
     if queries is not None:
         at_hand = stream_index(queries, position_ids.device)
         cos, sin = cos[at_hand], sin[at_hand]

@@ -31,6 +31,11 @@ def _scaled(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
     return keep * frequencies + (1 - keep) * frequencies / scaling.factor
 
 
+def table_dtype(activations: torch.dtype) -> torch.dtype:
+    """What cosines and sines are kept in: at least float32."""
+    return torch.float64 if activations == torch.float64 else torch.float32
+
+
 def rotary_table(
     config: ModelConfig, position_ids: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:

@@ -7,20 +7,22 @@ from pathlib import Path
 from typing import Any
 
 from megallama.config.errors import Problem, UserError
+from megallama.config.suggest import either
 from megallama.observe.jsonl import read_metrics
 from megallama.observe.picture import HUES, Computation
 
 FILE = "timeline.jsonl"
-COUNTS = ("step", "pipeline", "stage", "micro_batch")
+COUNTS = ("step", "attempt", "pipeline", "stage", "micro_batch")
 TIMES = ("start_s", "stop_s")
 
 
 def read_timeline(run: Path, step: int | None = None) -> tuple[int, list[list[Computation]]]:
     """One step of a run's timeline.
 
-    A line of the file is `{"step", "pipeline", "kind", "stage", "micro_batch", "start_s",
-    "stop_s"}`: the pipeline rank, and seconds from the step's start. Of two lines for one
-    computation, as a run leaves them that went back to a checkpoint, the later counts.
+    A line of the file is `{"step", "attempt", "pipeline", "kind", "stage", "micro_batch",
+    "start_s", "stop_s"}`: the start of the run that computed it, the pipeline rank, and seconds
+    from the step's start. A run that went back to a checkpoint has steps of several attempts: the
+    last one counts.
 
     Args:
         run: the run folder.
@@ -46,19 +48,17 @@ def read_timeline(run: Path, step: int | None = None) -> tuple[int, list[list[Co
         raise UserError([Problem("", "no step was written yet: train one", str(path))])
     step = steps[-1] if step is None else step
     if step not in steps:
-        what = f"step {step} is not in {path}: use {min(steps)} to {max(steps)}"
+        what = f"step {step} is not in {path}: use {either(sorted(set(steps)))}"
         raise UserError.one("--step", what)
+    lines = [line for line in lines if line["step"] == step]
+    lines = [line for line in lines if line["attempt"] == lines[-1]["attempt"]]
     ranks = range(1 + max(line["pipeline"] for line in lines))
-    return step, [_row(lines, step, rank) for rank in ranks]
+    return step, [_row(lines, rank) for rank in ranks]
 
 
-def _row(lines: list[dict[str, Any]], step: int, rank: int) -> list[Computation]:
-    row = {
-        (line["kind"], line["stage"], line["micro_batch"]): (line["start_s"], line["stop_s"])
-        for line in lines
-        if (line["step"], line["pipeline"]) == (step, rank)
-    }
-    return [Computation(*what, *when) for what, when in row.items()]
+def _row(lines: list[dict[str, Any]], rank: int) -> list[Computation]:
+    names = ("kind", "stage", "micro_batch", "start_s", "stop_s")
+    return [Computation(*(line[n] for n in names)) for line in lines if line["pipeline"] == rank]
 
 
 def _unreadable(path: Path, error: Exception) -> UserError:
@@ -80,6 +80,6 @@ def _wrong(line: dict[str, Any]) -> str | None:
             return f"{name}: {value!r} is no number of seconds"
     if line.get("kind") not in HUES:
         return f"kind: {line.get('kind')!r} is not {' or '.join(HUES)}"
-    if line["stop_s"] <= line["start_s"]:
-        return f"stop_s: {line['stop_s']} is not after start_s, {line['start_s']}"
+    if line["stop_s"] < line["start_s"]:
+        return f"stop_s: {line['stop_s']} is before start_s, {line['start_s']}"
     return None

@@ -1,9 +1,13 @@
 """Every collective of the forward and backward pass, by name.
 
 They are torch's functional collectives: safe to recompute under activation checkpointing (in-place
-ones corrupt gradients there) and traceable by torch.compile. Token dimension first throughout.
+ones corrupt gradients there) and traceable by torch.compile. Exceptions: a ring's passes, which
+have no functional form and are not compiled, and the fused operations of `overlap.py`. Token
+dimension first throughout.
 A started collective returns a tensor that must pass through `finish` before it is read.
 """
+
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -60,3 +64,33 @@ def sum_over(x: Tensor, group: ProcessGroup) -> Tensor:
     """`x` summed over the group, in place."""
     dist.all_reduce(x, group=group)
     return x
+
+
+class Passing(NamedTuple):
+    """A block on its way around a ring."""
+
+    works: list[dist.Work]
+    leaving: Tensor
+    """Kept until it has left."""
+    arriving: Tensor
+
+
+def start_pass(block: Tensor, group: ProcessGroup) -> Passing:
+    """Begin to send a contiguous block to the next rank and to receive the previous rank's."""
+    rank, size = group.rank(), group.size()
+    arriving = torch.empty_like(block)
+    works = dist.batch_isend_irecv(
+        [
+            dist.P2POp(dist.isend, block, group=group, group_peer=(rank + 1) % size),
+            dist.P2POp(dist.irecv, arriving, group=group, group_peer=(rank - 1) % size),
+        ]
+    )
+    return Passing(works, block, arriving)
+
+
+def finish_pass(passing: Passing | None) -> Tensor:
+    """Wait for a block that was started."""
+    assert passing is not None
+    for work in passing.works:
+        work.wait()
+    return passing.arriving

@@ -32,7 +32,7 @@ def build_stages(config: Config, groups: ProcessGroupManager, device: torch.devi
     split = groups.tensor.size > 1
     seams = Seams(
         **(tensor_seams(groups.tensor, model.kv_heads) if split else {})  # type: ignore[arg-type]
-        | (overlap_seams(groups.tensor.group) if layout.tensor_overlap else {})
+        | (overlap_seams(groups.tensor.group) if split and layout.tensor_overlap else {})
         | context_seams(groups, layout.context_method)
     )
     ranges = layers_of_stages(config)

@@ -80,14 +80,16 @@ def prepare_backward(
     Weights that stay gathered accumulate whole gradients in fp32 and reduce them once, with the
     part's last backward (Llama 3, section 3.3.2). With ZeRO-3 there is no room for whole gradients:
     each backward reduces, and the shards accumulate. Other parts are left alone. A tied weight
-    belongs to two parts: it is the module's own, and its turn comes with the rank's last.
+    belongs to two parts: it is the module's own, and without ZeRO-3 its turn comes with the rank's
+    last.
     """
     assert isinstance(module, FSDPModule)
     mine = _wrapped_in_order(module, module.parts[part])
     for child in module.modules():
         if isinstance(child, FSDPModule) and child is not module:
             _reduce_next(child, child in mine and (zero3 or last_of_part))
-    _reduce_next(module, zero3 or last_of_rank)
+    this = module.parts[part]
+    _reduce_next(module, last_of_rank or (zero3 and (this.first or this.last)))
     module.set_is_last_backward(last_of_rank)
 
 

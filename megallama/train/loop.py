@@ -71,7 +71,7 @@ def train(prepared: Prepared, place: Place) -> None:
             watch.step(reporter.step(step, result, lr, time.perf_counter() - began, data_wait_s))
             done = step + 1
             if timeline:
-                write_timeline(timeline, trainer, done)
+                write_timeline(timeline, trainer, done, reporter.attempt)
             finished = done == config.train.steps
             evaluating = _due(done, config.evaluation.every, finished) and not result.stop_requested
             if dataset.held_out and evaluating:

@@ -61,9 +61,17 @@ def _device_problems() -> list[Problem]:
 
 
 def _overlap_problems(config: Config) -> list[Problem]:
-    if not config.layout.tensor_overlap or torch.cuda.is_available():
+    tensor = config.layout.tensor
+    if not config.layout.tensor_overlap or tensor == 1:
         return []
-    what = "true needs GPUs that see each other's memory, and this machine has none"
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", tensor))
+    if not torch.cuda.is_available():
+        why = "this machine has none"
+    elif local % tensor:
+        why = f"{local} processes a machine leave layout.tensor = {tensor} on several"
+    else:
+        return []
+    what = f"true needs GPUs that see each other's memory, and {why}"
     return [Problem("layout.tensor_overlap", f"{what}: leave it out, or set it to false")]
 
 

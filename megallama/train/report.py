@@ -22,7 +22,7 @@ class Reporter:
         self._device = trainer.stages.device
         self._world_size = trainer.groups.mesh.size()
         self._name = device_name(self._device)
-        self._attempt = _attempts(Path(config.run) / "metrics.jsonl") + 1
+        self.attempt = _attempts(Path(config.run) / "metrics.jsonl") + 1
         self._meter = Meter(
             model=config.model,
             seq_len=config.data.seq_len,
@@ -56,7 +56,7 @@ class Reporter:
         return StepRecord(
             step=step + 1,
             steps=train.steps,
-            attempt=self._attempt,
+            attempt=self.attempt,
             loss=result.loss,
             bits_per_byte=bits_per_byte(result.loss, self._dataset.bytes_per_token),
             lr=lr,

@@ -10,10 +10,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megallama.observe.timeline_reader import FILE
 from megallama.parallel.pipeline.schedule import Action
 from megallama.train.step import Trainer
-
-FILE = "timeline.jsonl"
 
 
 class Timeline:
@@ -59,13 +58,14 @@ class Timeline:
         return self._began.elapsed_time(moment) / 1000
 
 
-def write_timeline(timeline: Timeline, trainer: Trainer, step: int) -> None:
+def write_timeline(timeline: Timeline, trainer: Trainer, step: int, attempt: int) -> None:
     """Append a step of the first pipeline to the run's file; every rank calls it.
 
     Args:
         timeline: of this rank.
         trainer: of this rank.
         step: 1 for the first.
+        attempt: which start of the run.
 
     """
     groups = trainer.groups
@@ -76,7 +76,7 @@ def write_timeline(timeline: Timeline, trainer: Trainer, step: int) -> None:
     dist.all_gather_object(spans, timeline.spans(), group=pipeline.group)
     if pipeline.rank == 0:
         lines = [
-            json.dumps({"step": step, "pipeline": rank, **span}) + "\n"
+            json.dumps({"step": step, "attempt": attempt, "pipeline": rank, **span}) + "\n"
             for rank, taken in enumerate(spans)
             for span in taken
         ]

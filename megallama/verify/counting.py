@@ -81,7 +81,8 @@ def _axis_names(groups: ProcessGroupManager) -> Iterator[tuple[str, str]]:
         axis = getattr(groups, name)
         if axis.size > 1:
             yield axis.group.group_name, name
-    yield groups.pipeline_gradients.group_name, "pipeline"
+    channels = (groups.pipeline_gradients, groups.pipeline_wrap, groups.pipeline_wrap_gradients)
+    yield from {group.group_name: "pipeline" for group in channels}.items()
     if groups.tied_embedding is not None:
         yield groups.tied_embedding.group_name, "pipeline"
 

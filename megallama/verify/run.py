@@ -84,10 +84,15 @@ def micro_batch_counts(config: Config, dtype: str) -> list[int]:
 
 
 def layout_text(config: Config) -> str:
-    """The axes that have more than one rank, and the schedule."""
-    axes = [f"{a} {n}" for a in reversed(AXES) if (n := getattr(config.layout, a)) > 1]
-    schedule = f", {config.layout.schedule}" if config.layout.pipeline > 1 else ""
-    return (" x ".join(axes) or "one rank") + schedule
+    """The axes that have more than one rank, and how they are used."""
+    layout = config.layout
+    axes = [f"{a} {n}" for a in reversed(AXES) if (n := getattr(layout, a)) > 1]
+    details: list[str] = []
+    if layout.context > 1:
+        details += [layout.context_method, layout.context_balance]
+    details += [layout.schedule] if layout.pipeline > 1 else []
+    details += [f"{layout.virtual_stages} stages a rank"] if layout.virtual_stages > 1 else []
+    return ", ".join([" x ".join(axes) or "one rank", *details])
 
 
 def model_text(config: Config) -> str:

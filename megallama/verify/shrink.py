@@ -43,6 +43,7 @@ def shrink(config: Config, *, dtype: str, steps: int, max_processes: int) -> Con
     else:
         micro_batch = min(2, layout.micro_batch)
         micro_batches = max(2 * layout.pipeline, SAMPLES // (data_ranks * micro_batch))
+        micro_batches += few % 2  # an odd number stays odd: groups of them are uneven
     seq_len = (
         2 * layout.context * layout.tensor * max(1, 32 // (2 * layout.context * layout.tensor))
     )
@@ -88,7 +89,7 @@ def _shrink_layout(layout: LayoutConfig, max_processes: int) -> LayoutConfig:
         sizes[largest] = max(1, sizes[largest] // 2)
     given = layout.stage_layers if sizes["pipeline"] == layout.pipeline else None
     if given is not None:
-        given = [1 + (layers == max(given)) for layers in given]
+        given = [layers and 1 + (layers == max(given)) for layers in given]
     changes: dict[str, Any] = {"stage_layers": given, "tensor_overlap": False}
     if sizes["pipeline"] == 1 and layout.virtual_stages > 1:
         changes |= {"schedule": "1f1b", "virtual_stages": 1}

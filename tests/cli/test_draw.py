@@ -68,7 +68,13 @@ def test_a_run_as_measured(tmp_path: Path):
         for step in (1, 2):
             for rank in (0, 1):
                 times = {"start_s": 0.25 * rank, "stop_s": 0.25 * (rank + 1)}
-                line = {"step": step, "pipeline": rank, "kind": "forward", "stage": rank}
+                line = {
+                    "step": step,
+                    "attempt": 1,
+                    "pipeline": rank,
+                    "kind": "forward",
+                    "stage": rank,
+                }
                 file.write(json.dumps(line | {"micro_batch": 0} | times) + "\n")
     assert drawn(tmp_path, str(run)) == (
         "my_run, step 2 as measured. Bubble: 50.0 % of the ranks' time",

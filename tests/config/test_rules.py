@@ -202,13 +202,6 @@ CASES = [
         given="layout.virtual_stages=2",
     ),
     Case(
-        "tensor: 1",
-        "tensor_overlap: @@true",
-        "layout.tensor_overlap",
-        "true overlaps the collectives of layout.tensor ranks, which is 1",
-        fix="layout.tensor=2",
-    ),
-    Case(
         "pipeline: 1",
         "stage_layers: @@[2, 2], pipeline: 1",
         "layout.stage_layers",

@@ -13,7 +13,7 @@ from megallama.observe.timeline_reader import read_timeline
 
 def line(step: int = 1, pipeline: int = 0, **other: Any) -> dict[str, Any]:
     usual = {"kind": "forward", "stage": pipeline, "micro_batch": 0, "start_s": 0.5, "stop_s": 0.75}
-    return {"step": step, "pipeline": pipeline} | usual | other
+    return {"step": step, "attempt": 1, "pipeline": pipeline} | usual | other
 
 
 def write(folder: Path, *lines: dict[str, Any]) -> Path:
@@ -38,7 +38,8 @@ def test_a_step_that_is_asked_for(tmp_path: Path):
 
 
 def test_a_step_that_was_done_again_counts_as_it_was_last(tmp_path: Path):
-    run = write(tmp_path, line(1), line(2), line(1, stop_s=9.0))
+    other_layout = line(1, 1)
+    run = write(tmp_path, line(1), other_layout, line(2), line(1, stop_s=9.0, attempt=2))
     assert read_timeline(run) == (1, [[Computation("forward", 0, 0, 0.5, 9.0)]])
 
 
@@ -52,7 +53,7 @@ def test_a_line_that_a_crash_tore_is_left_out(tmp_path: Path):
 @pytest.mark.parametrize(
     ("wrong", "says"),
     [
-        ({"stop_s": 0.5}, "stop_s: 0.5 is not after start_s, 0.5"),
+        ({"stop_s": 0.25}, "stop_s: 0.25 is before start_s, 0.5"),
         ({"start_s": "soon"}, "start_s: 'soon' is no number of seconds"),
         ({"stop_s": float("nan")}, "stop_s: nan is no number of seconds"),
         ({"kind": "sideways"}, "kind: 'sideways' is not forward or backward"),
@@ -72,7 +73,7 @@ def test_files_without_a_step(tmp_path: Path):
         read_timeline(tmp_path)
     with pytest.raises(UserError, match="no step was written yet"):
         read_timeline(write(tmp_path))
-    with pytest.raises(UserError, match=r"step 7 is not in .*: use 2 to 4"):
+    with pytest.raises(UserError, match=r"step 7 is not in .*: use 2 or 4"):
         read_timeline(write(tmp_path, line(2), line(4)), 7)
     (tmp_path / "timeline.jsonl").write_text("no\njson\n")
     with pytest.raises(UserError, match=r"timeline.jsonl:1: not a JSON object"):

@@ -74,7 +74,8 @@ TRAINING = ("gpipe", "1f1b", "interleaved_1f1b")
 class Channels(Enum):
     """What may hold a message up, beside its receive not being posted.
 
-    The runtime has one process group for activations and one for gradients.
+    The runtime has one process group for activations and one for gradients, and two more for those
+    that go round, between the last rank and rank 0.
     """
 
     PER_PEER = "messages of one kind between two ranks keep their order"
@@ -82,7 +83,13 @@ class Channels(Enum):
     CONNECTING = (
         "per peer, and the first message of a kind between two ranks makes both wait for it"
     )
+    PER_PAIR = "messages of one group between two ranks, both ways, pass one after the other"
+    PER_PAIR_OF_KIND = "as PER_PAIR, if what goes round shared its group with the others"
     PER_GROUP = "all messages of one kind that a rank sends or receives pass one after the other"
+
+
+SHARED = (Channels.PER_GROUP, Channels.PER_PAIR, Channels.PER_PAIR_OF_KIND)
+"""Where sends wait in one queue with receives."""
 
 
 @dataclass
@@ -163,7 +170,16 @@ class Simulation:
     def queue(self, rank: int, key: Key, is_send: bool) -> tuple:
         if self.channels == Channels.PER_GROUP:
             return rank, key[0]
+        if self.channels == Channels.PER_PAIR_OF_KIND:
+            return rank, key[0], self.peer(key, is_send)
+        if self.channels == Channels.PER_PAIR:
+            return rank, key[0], self.goes_round(key), self.peer(key, is_send)
         return rank, key[0], is_send, self.peer(key, is_send)
+
+    def goes_round(self, key: Key) -> bool:
+        return {0, len(self.programs) - 1} == set(self.ends(key)) and self.ends(key)[0] != (
+            0 if key[0] == Kind.RECEIVE_ACTIVATION else len(self.programs) - 1
+        )
 
     def peer(self, key: Key, is_send: bool) -> int:
         sender, receiver = self.ends(key)
@@ -185,7 +201,7 @@ class Simulation:
                 if not self.queues[other] or self.queues[other][0].is_send:
                     break
                 receive = self.queues[other][0]
-                if self.channels != Channels.PER_GROUP:
+                if self.channels not in SHARED:
                     assert receive.key == send.key, "peers disagree on the order of messages"
                 elif receive.key != send.key:
                     break
@@ -263,7 +279,11 @@ def test_messages_stand_next_to_the_computations_they_belong_to(case: Case):
         assert not posted
 
 
-@pytest.mark.parametrize("channels", [Channels.PER_PEER, Channels.BLOCKING], ids=lambda c: c.name)
+@pytest.mark.parametrize(
+    "channels",
+    [Channels.PER_PEER, Channels.BLOCKING, Channels.PER_PAIR],
+    ids=lambda c: c.name,
+)
 @given(cases())
 @example(Case("interleaved_1f1b", 4, 16, 2, 2))  # the plain warm-up with groups of 2 never ends
 @example(Case("interleaved_1f1b", 8, 20, 4, 8))  # nor that with a last group of 4
@@ -276,6 +296,12 @@ def test_why_init_process_group_gets_no_device_id():
     """With one, NCCL has one stream for a group: receives posted ahead block sends."""
     with pytest.raises(AssertionError, match="deadlock"):
         Simulation(Case("1f1b", 4, 5).programs(), Channels.PER_GROUP).run()
+
+
+def test_why_messages_that_go_round_have_groups_of_their_own():
+    """NCCL has one stream for what two ranks of a group send to each other, both ways."""
+    with pytest.raises(AssertionError, match="deadlock"):
+        Simulation(Case("interleaved_1f1b", 2, 4, 2).programs(), Channels.PER_PAIR_OF_KIND).run()
 
 
 def test_why_the_runtime_connects_neighbours_before_the_first_step():

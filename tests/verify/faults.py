@@ -35,12 +35,12 @@ def mean_of_means() -> None:
 
     run = step._run
 
-    def scaled(trainer, batches, schedule):
+    def scaled(trainer, *args):
         counted = step.sum_over
         size = trainer.groups.data.size
         step.sum_over = lambda x, group: x * size  # each data rank divides by its own count
         try:
-            return run(trainer, batches, schedule)
+            return run(trainer, *args)
         finally:
             step.sum_over = counted
 
@@ -184,9 +184,16 @@ def ring_block_attributed_to_the_wrong_rank() -> None:
     from megallama.parallel.context import compose
 
     see = compose.visible
-    compose.visible = lambda cu, mine, block, device: see(
-        cu, mine, [range(r.start + 1, r.stop + 1) for r in block[:-1]] + block[-1:], device
-    )
+    compose.visible = lambda cu, mine, block, device: see(cu, mine, mine, device)
+
+
+def head_copies_in_another_order() -> None:
+    repeat = torch.Tensor.repeat_interleave
+
+    def tiled(x, repeats, dim=None):
+        return x.repeat(1, repeats, 1) if dim == 1 else repeat(x, repeats, dim)
+
+    torch.Tensor.repeat_interleave = tiled
 
 
 def swapped_messages() -> None:

@@ -182,15 +182,25 @@ LAYOUTS: dict[str, dict[str, Any]] = {
         "model": {"tie_embeddings": True},
     },
     **{
-        f"interleaved V=2, PP2, N={group}": {
+        f"interleaved V=2, PP2, N={group}, {count} micro-batches": {
             "layout": {
                 "pipeline": 2,
                 "schedule": "interleaved_1f1b",
                 "virtual_stages": 2,
                 "micro_batch_group": group,
-            }
+            },
+            "train": {"global_batch_tokens": (56 + count) * 192},
         }
-        for group in range(1, 9)
+        for count in (8, 9)
+        for group in (2, 4, 8)
+    },
+    "stages without layers, interleaved V=2, PP2": {
+        "layout": {
+            "pipeline": 2,
+            "schedule": "interleaved_1f1b",
+            "virtual_stages": 2,
+            "stage_layers": [0, 2, 2, 0],
+        }
     },
     "without clipping, FSDP2": {"layout": {"data_shard": 2}, "train": {"grad_clip": 0.0}},
 }

@@ -22,12 +22,14 @@ FAULTS = {
     "positions_restart_in_each_chunk": {"context": 2},
     "document_leaks_over_a_border": {"context": 2},
     "ring_block_attributed_to_the_wrong_rank": {"context": 2, "context_method": "ring"},
+    "head_copies_in_another_order": {"context": 4, "context_method": "ulysses"},
     "swapped_messages": {"pipeline": 2},
     "tied_copies_not_summed": {"pipeline": 2},
 }
 SHAPES = {
     "replicated_kv_heads_not_summed": {"kv_heads": 2},
     "labels_of_padding_counted": {"vocab": 500},
+    "head_copies_in_another_order": {"kv_heads": 2},
     "tied_copies_not_summed": {"tie_embeddings": True},
 }
 

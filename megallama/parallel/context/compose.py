@@ -10,6 +10,7 @@ from torch import Tensor
 from megallama.config.schema import LayoutConfig, ModelConfig
 from megallama.mesh import Axis, ProcessGroupManager
 from megallama.model.attention import AttentionPlan, plan_attention, stream_index, visible
+from megallama.model.rope import rotary_table, table_dtype
 from megallama.parallel.context.gather import GatherPlan, gather_seams
 from megallama.parallel.context.ring import RingPlan, ring_seams
 from megallama.parallel.context.split import SPLITS, Spans, stream_order
@@ -55,12 +56,20 @@ def _gather_plan(stream: Stream, spans: Sequence[Spans], rank: int) -> Attention
 
 
 def _ring_plan(stream: Stream, spans: Sequence[Spans], rank: int) -> AttentionPlan:
-    plan = stream.plan(spans[rank])
     device = stream.position_ids.device
+    positions = stream.position_ids[stream_index(spans[rank], device)]
+    cos, sin = rotary_table(stream.model, positions, table_dtype(stream.dtype))
     blocks = [spans[rank - n] for n in range(len(spans))]
-    seen = tuple(visible(stream.cu_seqlens, spans[rank], block, device) for block in blocks)
-    parts = _parts(plan) | {"key_cos": plan.cos, "key_sin": plan.sin}
-    return RingPlan(**parts, visible=seen)
+    return RingPlan(
+        cos=cos,
+        sin=sin,
+        key_cos=cos,
+        key_sin=sin,
+        dense_rows=None,
+        segments=(),
+        block_mask=None,
+        visible=tuple(visible(stream.cu_seqlens, spans[rank], block, device) for block in blocks),
+    )
 
 
 def _ulysses_plan(stream: Stream, spans: Sequence[Spans], rank: int) -> AttentionPlan:

@@ -1,7 +1,8 @@
 """Context parallelism by passing keys and values around a ring (Liu et al. 2023).
 
 Each rank sends its block on to the next while it attends to it; partial results are added by their
-log-sum-exps. No rank ever holds more than two blocks, and backward goes round once more.
+log-sum-exps. A rank holds two blocks at a time, not all of them. Backward goes round once more and
+repeats attention's forward; beside the blocks, their gradients go round, in at least float32.
 """
 
 from collections.abc import Sequence
@@ -10,12 +11,12 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megallama.model.attention import AttentionPlan, Visible, attend_in_part
 from megallama.model.precision import at_least_float32
+from megallama.parallel.collectives import Passing, finish_pass, start_pass
 
 
 @dataclass(frozen=True)
@@ -35,16 +36,17 @@ class _RingAttention(torch.autograd.Function):
         ctx: Any, group: ProcessGroup, visible: Sequence[Visible], q: Tensor, kv: Tensor
     ) -> Tensor:
         ctx.group, ctx.visible = group, visible
-        block, passing = kv.contiguous(), None
+        block = kv.contiguous()
+        passing: Passing | None = None
         parts: tuple[Tensor, Tensor] | None = None
         for n, seen in enumerate(visible):
             if n + 1 < len(visible):
-                passing = _start_pass(block, group)
+                passing = start_pass(block, group)
             k, v = block.chunk(2, dim=1)
             part = attend_in_part(q, k, v, seen)
             parts = part if parts is None else _add(parts, part)
             if n + 1 < len(visible):
-                block = _finish_pass(passing)
+                block = finish_pass(passing)
         assert parts is not None
         out, log_sum_exp = parts
         ctx.save_for_backward(q, kv, out, log_sum_exp)
@@ -56,22 +58,23 @@ class _RingAttention(torch.autograd.Function):
         grad = at_least_float32(grad)
         inner = (grad * out).sum(-1)
         grad_q = torch.zeros_like(out)
-        block, passing = kv.contiguous(), None
+        block = kv.contiguous()
+        passing: Passing | None = None
         grad_block = torch.zeros_like(at_least_float32(block))
         last = len(ctx.visible) - 1
-        returning = None
+        returning: Passing | None = None
         for n, seen in enumerate(ctx.visible):
             if n < last:
-                passing = _start_pass(block, ctx.group)
+                passing = start_pass(block, ctx.group)
             of_q, of_block = _part_gradients(q, block, seen, grad, inner, log_sum_exp)
             grad_q += of_q
             if returning is not None:
-                grad_block = _finish_pass(returning)
+                grad_block = finish_pass(returning)
             grad_block = grad_block + of_block
-            returning = _start_pass(grad_block, ctx.group)
+            returning = start_pass(grad_block, ctx.group)
             if n < last:
-                block = _finish_pass(passing)
-        grad_block = _finish_pass(returning)
+                block = finish_pass(passing)
+        grad_block = finish_pass(returning)
         return None, None, grad_q.to(q.dtype), grad_block.to(kv.dtype)
 
 
@@ -103,30 +106,6 @@ def _part_gradients(
     gradients = torch.autograd.grad((out, part), (q, block), (share[..., None] * grad, of_part))
     of_q, of_block = (at_least_float32(g) for g in gradients)
     return of_q, of_block
-
-
-_Pass = tuple[list[dist.Work], Tensor, Tensor]
-
-
-def _start_pass(block: Tensor, group: ProcessGroup) -> _Pass:
-    """Send a block to the next rank and receive the previous rank's."""
-    rank, size = group.rank(), group.size()
-    arriving = torch.empty_like(block)
-    works = dist.batch_isend_irecv(
-        [
-            dist.P2POp(dist.isend, block, group=group, group_peer=(rank + 1) % size),
-            dist.P2POp(dist.irecv, arriving, group=group, group_peer=(rank - 1) % size),
-        ]
-    )
-    return works, block, arriving
-
-
-def _finish_pass(passing: _Pass | None) -> Tensor:
-    assert passing is not None
-    works, _, arriving = passing
-    for work in works:
-        work.wait()
-    return arriving
 
 
 @torch.compiler.disable

@@ -68,7 +68,7 @@ class _Execution:
     micro_batches: Sequence[MicroBatch]
     loss_scale: Tensor
     arriving: dict[tuple[Kind, int, int], tuple[dist.Work, Tensor]] = field(default_factory=dict)
-    sending: list[tuple[dist.Work, Tensor]] = field(default_factory=list)
+    sending: dict[Action, tuple[dist.Work, Tensor]] = field(default_factory=dict)
     inputs: dict[_Key, Tensor] = field(default_factory=dict)
     outputs: dict[_Key, Tensor] = field(default_factory=dict)
     output_gradients: dict[_Key, list[Tensor]] = field(default_factory=dict)
@@ -78,8 +78,8 @@ class _Execution:
 
 
 class _Sent(torch.autograd.Function):
-    """A scalar that stands for an output that was sent, whose memory is free: backward takes the
-    output's gradient from a box.
+    """A scalar that stands for an output that was sent, so that only the message holds its memory:
+    backward takes the output's gradient from a box.
     """
 
     @staticmethod
@@ -100,12 +100,19 @@ def connect(groups: ProcessGroupManager, device: torch.device) -> None:
     """
     rank, size = groups.pipeline.rank, groups.pipeline.size
     message = torch.zeros(1, device=device)
-    for group in (groups.pipeline.group, groups.pipeline_gradients):
-        for lower in range(size if size > 2 else size - 1):  # the last rank has stage 0's next
-            if rank == lower:
-                dist.send(message, group=group, group_dst=(rank + 1) % size)
-            elif rank == (lower + 1) % size:
-                dist.recv(message, group=group, group_src=lower)
+    neighbours = [(lower, lower + 1) for lower in range(size - 1)]
+    ends = [(size - 1, 0)] if size > 1 else []
+    for pairs, group in (
+        (neighbours, groups.pipeline.group),
+        (neighbours, groups.pipeline_gradients),
+        (ends, groups.pipeline_wrap),
+        (ends, groups.pipeline_wrap_gradients),
+    ):
+        for one, other in pairs:
+            if rank == one:
+                dist.send(message, group=group, group_dst=other)
+            elif rank == other:
+                dist.recv(message, group=group, group_src=one)
 
 
 def execute(
@@ -149,9 +156,10 @@ def execute(
                 zero3=stages.reshard_after_forward,
             )
         received = _received(state, action)
+        _let_go_of_what_left(state, action)
         with watch(action), torch.set_grad_enabled(bool(last_backward)):
             _COMPUTE[action.kind](state, action, received)
-    for work, _ in state.sending:
+    for work, _ in state.sending.values():
         work.wait()
     return torch.zeros_like(loss_scale) if state.loss is None else state.loss
 
@@ -199,10 +207,22 @@ def _received(state: _Execution, action: Action) -> Tensor | None:
     return buffer
 
 
+def _let_go_of_what_left(state: _Execution, action: Action) -> None:
+    """Drop the messages that are sent for sure: gloo does not say so of itself, but an output whose
+    gradient has come back has arrived.
+    """
+    answered = Action(Kind.SEND_ACTIVATION, action.stage + 1, action.micro_batch)
+    if action.kind == Kind.BACKWARD and answered in state.sending:
+        work, _ = state.sending.pop(answered)
+        work.wait()
+    for sent in [a for a, (work, _) in state.sending.items() if work.is_completed()]:
+        del state.sending[sent]
+
+
 def _send_activation(state: _Execution, action: Action) -> None:
     key = (action.stage - 1, action.micro_batch)
     out = state.outputs.pop(key)
-    _send(state, action, out.detach(), state.groups.pipeline.group)
+    _send(state, action, out.detach())
     if out.requires_grad:
         box = state.output_gradients.setdefault(key, [])
         state.outputs[key] = _Sent.apply(out, box)
@@ -212,15 +232,15 @@ def _send_activation(state: _Execution, action: Action) -> None:
 
 def _send_gradient(state: _Execution, action: Action) -> None:
     gradient = state.input_gradients.pop((action.stage + 1, action.micro_batch))
-    _send(state, action, gradient, state.groups.pipeline_gradients)
+    _send(state, action, gradient)
 
 
 def _receive_activation(state: _Execution, action: Action) -> None:
-    _receive(state, action, action.stage - 1, state.groups.pipeline.group)
+    _receive(state, action, action.stage - 1)
 
 
 def _receive_gradient(state: _Execution, action: Action) -> None:
-    _receive(state, action, action.stage + 1, state.groups.pipeline_gradients)
+    _receive(state, action, action.stage + 1)
 
 
 _COMPUTE: dict[Kind, Callable[[_Execution, Action, Tensor | None], None]] = {
@@ -240,8 +260,18 @@ def _tag(state: _Execution, action: Action) -> int:
     return action.stage * len(state.micro_batches) + action.micro_batch
 
 
-def _send(state: _Execution, action: Action, message: Tensor, group: dist.ProcessGroup) -> None:
-    stages = state.stages
+def _channel(state: _Execution, action: Action) -> dist.ProcessGroup:
+    """The group a message travels in; no two ranks ever send to each other in one."""
+    groups = state.groups
+    if action.kind in (Kind.SEND_ACTIVATION, Kind.RECEIVE_ACTIVATION):
+        wraps = stage_rank(action.stage, groups.pipeline.size) == 0
+        return groups.pipeline_wrap if wraps else groups.pipeline.group
+    wraps = stage_rank(action.stage + 1, groups.pipeline.size) == 0
+    return groups.pipeline_wrap_gradients if wraps else groups.pipeline_gradients
+
+
+def _send(state: _Execution, action: Action, message: Tensor) -> None:
+    stages, group = state.stages, _channel(state, action)
     # A receive buffer that is too large would be filled in part, in silence.
     if message.shape != stages.message_shape or message.dtype != stages.message_dtype:
         raise RuntimeError(
@@ -253,12 +283,11 @@ def _send(state: _Execution, action: Action, message: Tensor, group: dist.Proces
     work = dist.isend(message, group=group, group_dst=peer, tag=_tag(state, action))
     assert work is not None
     # Waiting here would wait for the receiver; the tensor is kept until it has left.
-    state.sending = [(w, t) for w, t in state.sending if not w.is_completed()]
-    state.sending.append((work, message))
+    state.sending[action] = (work, message)
 
 
-def _receive(state: _Execution, action: Action, sender: int, group: dist.ProcessGroup) -> None:
-    stages = state.stages
+def _receive(state: _Execution, action: Action, sender: int) -> None:
+    stages, group = state.stages, _channel(state, action)
     buffer = torch.empty(stages.message_shape, dtype=stages.message_dtype, device=stages.device)
     peer = stage_rank(sender, state.groups.pipeline.size)
     work = dist.irecv(buffer, group=group, group_src=peer, tag=_tag(state, action))
