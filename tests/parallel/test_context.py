@@ -213,11 +213,11 @@ def test_while_it_attends_a_ring_holds_two_blocks_of_other_ranks_at_most():
     """And in backward a gradient that comes round."""
     received: list[weakref.ref[Tensor]] = []
     held: list[int] = []
-    start, part = ring._start_pass, ring.attend_in_part
+    start, part = ring.start_pass, ring.attend_in_part
 
     def start_pass(block: Tensor, group: dist.ProcessGroup) -> Any:
         passing = start(block, group)
-        received.append(weakref.ref(passing[2]))
+        received.append(weakref.ref(passing.arriving))
         return passing
 
     def attend_and_count(*args: Any) -> Any:
@@ -230,7 +230,7 @@ def test_while_it_attends_a_ring_holds_two_blocks_of_other_ranks_at_most():
     mine, plan = plan_for_rank(stream, layout, Axis(size, dist.get_rank(), dist.group.WORLD))
     q, k, v = (x[mine] for x in random_qkv(T, 4, 2))
     with (
-        mock.patch.object(ring, "_start_pass", start_pass),
+        mock.patch.object(ring, "start_pass", start_pass),
         mock.patch.object(ring, "attend_in_part", attend_and_count),
     ):
         out = ring.attend_around(dist.group.WORLD, q, k, v, plan)

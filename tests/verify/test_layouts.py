@@ -6,8 +6,11 @@ from typing import Any
 
 import pytest
 
+from megallama.verify.compare import Report
 from megallama.verify.run import verify
+from megallama.verify.shrink import shrink
 from tests.verify.layouts import LAYOUTS, STEPS, make_config
+from tests.verify.volumes import counted, in_closed_form
 
 IN_EVERY_RUN = {
     "TP2 PP2",
@@ -26,15 +29,19 @@ def cases(in_every_run: set[str]) -> list[Any]:
     ]
 
 
-def assert_same_numbers(config: Any, dtype: str) -> None:
+def assert_same_numbers(config: Any, dtype: str) -> Report:
     report = verify(config, dtype=dtype, steps=STEPS, max_processes=16)
     assert len(report.steps) == STEPS
     assert report.passed, [check for check in report.checks if not check.passed]
+    return report
 
 
 @pytest.mark.parametrize("name", cases(IN_EVERY_RUN))
-def test_float64(name):
-    assert_same_numbers(make_config(**LAYOUTS[name]), "float64")
+def test_float64_and_what_is_moved(name):
+    config = make_config(**LAYOUTS[name])
+    found = counted(assert_same_numbers(config, "float64"))
+    twin = shrink(config, dtype="float64", steps=STEPS, max_processes=16)
+    assert found == in_closed_form(twin, {label for label, _ in found})
 
 
 @pytest.mark.parametrize("name", cases({"TP2 PP2"}))
