@@ -66,7 +66,7 @@ class Seen:
 
 @dataclass(frozen=True)
 class Case:
-    """A model, its weights, and what it is this."""
+    """A model, its weights, and what it is given."""
 
     config: ModelConfig
     lengths: list[int]

@@ -15,7 +15,7 @@ from tests.verify.volumes import counted, in_closed_form
 PROCESSES = 16
 IN_EVERY_RUN = ["FSDP2"]
 IN_OTHER_DTYPES = [
-    "TP2",
+    "TP2 FSDP2",
     "CP2",
     "CP2 ring",
     "CP2 Ulysses",
