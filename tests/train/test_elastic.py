@@ -106,7 +106,9 @@ def stream_of(computed: list[Computed]) -> list[int]:
     return [streams[key][place] for key in sorted(streams) for place in sorted(streams[key])]
 
 
-def assert_same(found: list[tuple[int, float, float]], wanted: list[tuple[int, float, float]]):
+def assert_same(
+    found: list[tuple[int, float, float]], wanted: list[tuple[int, float, float]]
+) -> None:
     """Steps, losses and grad norms."""
     steps, losses, norms = zip(*found, strict=True)
     wanted_steps, wanted_losses, wanted_norms = zip(*wanted, strict=True)
@@ -120,14 +122,14 @@ slow = pytest.mark.slow
 CHANGES = {
     "micro-batches of 1 to 4": (size(1), size(4)),
     "data to context": (SHARDED, CONTEXT),
-    "context to one rank": (CONTEXT, ONE),
+    "Ulysses to one rank": (ULYSSES, ONE),
     "1F1B to interleaved": (PIPELINE, INTERLEAVED),
-    "ring to Ulysses": (RING, ULYSSES),
     "context to pipeline, larger micro-batches": (PER_DOCUMENT, (*PIPELINE, *size(4))),
 }
 SLOW_CHANGES = {
     "micro-batches of 4 to 2": (size(4), size(2)),
     "context to data": (CONTEXT, SHARDED),
+    "ring to Ulysses": (RING, ULYSSES),
     "interleaved to 1F1B": (INTERLEAVED, PIPELINE),
     "gathered to ring": (CONTEXT, RING),
     "Ulysses to per document": (ULYSSES, PER_DOCUMENT),
