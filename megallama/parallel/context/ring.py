@@ -42,11 +42,10 @@ class _RingAttention(torch.autograd.Function):
         for n, seen in enumerate(visible):
             if n + 1 < len(visible):
                 passing = start_pass(block, group)
-            k, v = block.chunk(2, dim=1)
-            part = attend_in_part(q, k, v, seen)
+            part = attend_in_part(q, *_keys_and_values(block), seen)
             parts = part if parts is None else _add(parts, part)
             if n + 1 < len(visible):
-                block = finish_pass(passing)
+                block, passing = finish_pass(passing), None  # it holds the block that left
         assert parts is not None
         out, log_sum_exp = parts
         ctx.save_for_backward(q, kv, out, log_sum_exp)
@@ -69,13 +68,18 @@ class _RingAttention(torch.autograd.Function):
             of_q, of_block = _part_gradients(q, block, seen, grad, inner, log_sum_exp)
             grad_q += of_q
             if returning is not None:
-                grad_block = finish_pass(returning)
+                grad_block, returning = finish_pass(returning), None
             grad_block = grad_block + of_block
             returning = start_pass(grad_block, ctx.group)
             if n < last:
-                block = finish_pass(passing)
+                block, passing = finish_pass(passing), None
         grad_block = finish_pass(returning)
         return None, None, grad_q.to(q.dtype), grad_block.to(kv.dtype)
+
+
+def _keys_and_values(block: Tensor) -> tuple[Tensor, Tensor]:
+    k, v = block.chunk(2, dim=1)
+    return k, v
 
 
 def _add(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -99,8 +103,7 @@ def _part_gradients(
     the gradient, and lse the share times (grad·part's out - grad·out).
     """
     q, block = (x.detach().requires_grad_() for x in (q, block))
-    k, v = block.chunk(2, dim=1)
-    out, part = attend_in_part(q, k, v, seen)
+    out, part = attend_in_part(q, *_keys_and_values(block), seen)
     share = _share(part.detach(), log_sum_exp)
     of_part = share * ((grad * out.detach()).sum(-1) - inner)
     gradients = torch.autograd.grad((out, part), (q, block), (share[..., None] * grad, of_part))

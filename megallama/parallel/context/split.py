@@ -29,10 +29,11 @@ def head_tail(cu_seqlens: Sequence[int], size: int) -> list[Spans]:
 
 
 def per_document(cu_seqlens: Sequence[int], size: int) -> list[Spans]:
-    """Head and tail of every document: work is balanced whatever lengths they have.
+    """Head and tail of every document, so that work is even where documents are long.
 
     What a document leaves over when it is cut into 2·size equal chunks (fewer tokens than chunks)
-    goes to the ranks in turn.
+    goes to the ranks in runs; where documents are hardly longer than that, `head_tail` may be the
+    more even one.
     """
     held: list[list[range]] = [[] for _ in range(size)]
     left_over: list[range] = []
