@@ -1,23 +1,25 @@
 """Training speed on CPU, side by side with picotron: the same model, tokens, layout and machine.
 
-    python benchmarks/peer_cpu.py --peer PATH [--layouts tp2 pp2] [--steps 20] [--runs 5]
+    python benchmarks/peer_cpu.py --peer PATH [--layouts tp2 pp2] [--steps 10] [--runs 5]
 
-PATH is a checkout of github.com/huggingface/picotron. Nothing of it is here: its modules are
-imported from PATH and put together as its `train.py` does, and what it cannot run is said to be so,
-with its own error. Packages that it imports and never uses on CPU are stood in for by nothing.
+PATH is a checkout of github.com/huggingface/picotron. Nothing of it is in this repository: its
+modules are imported from PATH and put together as its `train.py` does it. A layout that it cannot
+run is reported with its own error. Packages that it imports but never calls on CPU are replaced by
+empty stand-ins where they are missing.
 
-A step is timed from its batches in memory to its updated weights: forward, backward, reduction of
+A step is timed from batches in memory to updated weights: forward, backward, reduction of
 gradients, optimizer. Both sides compute in fp32 with one thread a process, over gloo, without
-document masks or recomputation. Runs alternate. A run's step is the median of its steps after
-WARM_UP; the table has the medians over runs.
+document masks and without recomputation. A run's step is the median of those after WARM_UP, on
+rank 0; the table has medians over runs, which alternate.
 
 What a step has on one side only:
 
-- ours: counting of valid tokens, the norm of the global gradient and clipping by it; fused AdamW;
-  sequence parallelism with tp; dp2 shards parameters, gradients and moments (ZeRO-3, the default),
-  dp2-copies does not.
-- picotron: dp keeps copies; AdamW with its own default, not fused; cp without dp leaves out the
-  reduction of gradients, so its ranks drift apart; ring attention is of its own, not SDPA.
+- ours: valid tokens are counted, gradients are clipped by their global norm; AdamW is fused; `tp`
+  comes with sequence parallelism; `dp2` shards weights, gradients and moments and frees gathered
+  weights after each block (ZeRO-3, the default). `dp2-copies` keeps whole copies.
+- picotron: `dp` keeps whole copies; AdamW is torch's default, not fused; attention is SDPA but for
+  `cp2`, a ring written out in matrix products; `cp2` leaves out the reduction of gradients, so that
+  its ranks drift apart.
 """
 
 from __future__ import annotations
@@ -49,7 +51,7 @@ from torch import Tensor
 
 from megallama.config.load import load_text
 from megallama.config.rules import required_processes, resolve_world
-from megallama.config.schema import Config
+from megallama.config.schema import Config, parameter_count
 from megallama.data.batch import Batch, micro_batches
 from megallama.data.sampler import Sample
 from megallama.observe.device import device_name
@@ -63,7 +65,7 @@ RUN = """
 model:
   {hidden: 256, layers: 4, heads: 8, kv_heads: 4, head_dim: 32, ffn: 768, vocab: 1024}
 data: {seq_len: 256, document_mask: false}
-train: {global_batch_tokens: 4096, steps: 1000, precision: fp32}
+train: {global_batch_tokens: 2048, steps: 1000, precision: fp32}
 optimizer: {lr: 3.0e-4}
 """
 
@@ -77,7 +79,8 @@ LAYOUTS = {
     "tp2-pp2-dp2": ["layout.tensor=2", "layout.pipeline=2", "layout.data_shard=2"],
 }
 
-WARM_UP = 5
+WARM_UP = 3
+PEER_FILES = ("train.py", "picotron/model.py", "picotron/process_group_manager.py")
 TIMEOUT_S = 600.0
 INTERRUPTED = 128
 """Exit codes above are signals."""
@@ -159,7 +162,7 @@ def run_peer(plain: dict[str, Any], steps: int, result: str, peer: str) -> None:
 
 
 def stand_in_for_unused() -> None:
-    """Let the peer's imports succeed where packages are missing that it will not call."""
+    """Let the peer's imports succeed where packages are missing that it does not call here."""
     missing = {name.split(".")[0] for name in UNUSED_BY_PEER}
     missing = {root for root in missing if importlib.util.find_spec(root) is None}
     for name in UNUSED_BY_PEER:
@@ -281,9 +284,9 @@ def _time_steps(step: Callable[[int], None], steps: int, place: Place, result: s
         Path(result).write_text(json.dumps(seconds[WARM_UP:]))
 
 
-def compare(name: str, peer: str, steps: int, runs: int) -> str:
+def compare(name: str, peer: str, steps: int, runs: int, micro_batch: int) -> str:
     """A row of the table; runs of the two sides alternate."""
-    config = load_text(RUN, LAYOUTS[name])
+    config = load_text(RUN, [*LAYOUTS[name], f"layout.micro_batch={micro_batch}"])
     processes = required_processes(config, devices=0)
     config = resolve_world(config, processes)
     targets = {"ours": ("run_ours",), "peer": ("run_peer", peer)}
@@ -338,19 +341,22 @@ def seconds_per_step(config: Config, processes: int, steps: int, target: str, *m
         return median(json.loads(result.read_text()))
 
 
-def conditions(peer: Path, steps: int, runs: int) -> str:
-    """What the numbers depend on, in two lines."""
+def conditions(peer: str, steps: int, runs: int, micro_batch: int) -> str:
+    """What the numbers depend on."""
+    config = load_text(RUN)
     machine = f"{device_name(torch.device('cpu'))}, {len(os.sched_getaffinity(0))} cores"
     versions = f"torch {torch.__version__}, Python {platform.python_version()}"
-    ours, theirs = (_commit(folder) for folder in (Path(__file__).parent, peer))
+    commits = f"ours at {_commit(str(Path(__file__).parent))}, picotron at {_commit(peer)}"
     return (
-        f"{date.today()}, {machine}, {versions}; ours at {ours}, picotron at {theirs}\n"
-        f"median of {runs} alternating runs, each the median of {steps} steps after {WARM_UP}"
+        f"{date.today()}; {machine}; {versions}; {commits}\n"
+        f"{parameter_count(config.model):,} parameters; {config.train.global_batch_tokens} tokens "
+        f"a step in micro-batches of {micro_batch} x {config.data.seq_len}; median of {runs} "
+        f"alternating runs, each the median of {steps} steps after {WARM_UP}"
     )
 
 
-def _commit(folder: Path) -> str:
-    command = ["git", "-C", str(folder), "describe", "--always", "--dirty=, changed"]
+def _commit(folder: str) -> str:
+    command = ["git", "-C", folder, "describe", "--always", "--dirty=, changed"]
     done = subprocess.run(command, capture_output=True, text=True)
     return done.stdout.strip() or "a commit unknown"
 
@@ -360,21 +366,29 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--peer", type=Path, required=True, help="a checkout of picotron")
     parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=[*LAYOUTS])
-    parser.add_argument("--steps", type=int, default=20, help="timed steps in a run")
-    parser.add_argument("--runs", type=int, default=5, help="runs of each side")
+    parser.add_argument("--steps", type=_count, default=10, help="timed steps in a run")
+    parser.add_argument("--runs", type=_count, default=5, help="runs of each side")
+    parser.add_argument("--micro-batch", type=_count, default=1, help="sequences in a forward pass")
     options = parser.parse_args()
-    peer: Path = options.peer.resolve()
-    if missing := [
-        name for name in ("train.py", "picotron/model.py") if not (peer / name).exists()
-    ]:
+    missing = [name for name in PEER_FILES if not (options.peer / name).is_file()]
+    if missing:
         print(f"--peer {options.peer}: no checkout of picotron: no {missing[0]}", file=sys.stderr)
         return 2
-    print(conditions(peer, options.steps, options.runs), end="\n\n")
+    peer = str(options.peer.resolve())
+    print(conditions(peer, options.steps, options.runs, options.micro_batch), end="\n\n")
     print("| layout | processes | ours, tokens/s | picotron, tokens/s | ratio | over runs |")
     print("|---|---|---|---|---|---|", flush=True)
     for name in options.layouts:
-        print(compare(name, str(peer), options.steps, options.runs), flush=True)
+        row = compare(name, peer, options.steps, options.runs, options.micro_batch)
+        print(row, flush=True)
     return 0
+
+
+def _count(text: str) -> int:
+    count = int(text)
+    if count < 1:
+        raise argparse.ArgumentTypeError(f"{text}: give at least 1")
+    return count
 
 
 if __name__ == "__main__":

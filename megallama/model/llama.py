@@ -80,8 +80,7 @@ class Block(nn.Module):
         return self.seams.leave(out.flatten(1), self._local("wo"))
 
     def _feed_forward(self, x: Tensor) -> Tensor:
-        (gate_up,) = self.seams.enter(x, self._local("w13").flatten(0, 1))
-        gate, up = gate_up.unflatten(-1, (-1, 2)).unbind(-1)
+        gate, up = self.seams.enter(x, *self._local("w13").unbind(1))
         return self.seams.leave(F.silu(gate) * up, self._local("w2"))
 
     def _local(self, name: str) -> Tensor:

@@ -4,6 +4,7 @@ Features are paired as Hugging Face does: feature i with feature i + head_dim/2.
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,8 +49,26 @@ def rotary_table(
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
+class _Rotate(torch.autograd.Function):
+    """Backward turns the other way; nothing but the tables is kept for it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _turn(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        cos, sin = ctx.saved_tensors
+        return _turn(grads[0], cos, -sin), None, None
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """`x [T, H, head_dim]` rotated by its tokens' angles; computed in the table's precision."""
+    return _Rotate.apply(x, cos, sin)
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     first, second = at_least_float32(x).chunk(2, dim=-1)
     rotated = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
     return rotated.to(x.dtype)

@@ -1,6 +1,7 @@
 """The layouts that must give the numbers of one process.
 
-`python -m tests.verify.layouts` runs all in every dtype; its output is in docs/verify.md.
+`python -m tests.verify.layouts [NAME ...]` runs them, or all, in every dtype; its output is in
+docs/verify.md.
 """
 
 from __future__ import annotations
@@ -226,7 +227,8 @@ def main() -> int:
     print(" grad norm (bar) | bf16: loss (bar) | grad norm (bar) |")
     print("|---|---|---|---|---|---|---|---|---|")
     passed = True
-    for name, sections in LAYOUTS.items():
+    for name in sys.argv[1:] or LAYOUTS:
+        sections = LAYOUTS[name]
         cells = []
         for dtype in DTYPES:
             report = verify(make_config(**sections), dtype=dtype, steps=STEPS, max_processes=16)
