@@ -335,6 +335,7 @@ def seconds_per_step(config: Config, processes: int, steps: int, target: str, *m
         )
         shutil.rmtree(outcome.outputs[0].parent)
         if outcome.exit_code > INTERRUPTED:
+            print(outcome.message, file=sys.stderr)
             sys.exit(outcome.exit_code)
         if outcome.exit_code:
             raise DoesNotRun(outcome.message.splitlines()[0])
