@@ -15,8 +15,8 @@ rank 0; the table has medians over runs, which alternate.
 What a step has on one side only:
 
 - ours: valid tokens are counted, gradients are clipped by their global norm; AdamW is fused; `tp`
-  comes with sequence parallelism; `dp2` shards weights, gradients and moments and frees gathered
-  weights after each block (ZeRO-3, the default). `dp2-copies` keeps whole copies.
+  comes with sequence parallelism; `dp2` and `cp2` shard the optimizer's state and reduce gradients
+  once a step (the default for a model this small); `dp2-copies` keeps whole copies.
 - picotron: `dp` keeps whole copies; AdamW is torch's default, not fused; attention is SDPA but for
   `cp2`, a ring written out in matrix products; `cp2` leaves out the reduction of gradients, so that
   its ranks drift apart.

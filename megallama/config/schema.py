@@ -111,8 +111,9 @@ class LayoutConfig(Section):
     """Sequences in one forward pass of one data-parallel rank."""
     reshard_after_forward: bool | None = None
     """Free gathered weights after each block's forward (ZeRO-3), and reduce gradients with every
-    backward. Default: where several ranks shard the weights and there is no pipeline. Over one rank
-    it saves the compute-dtype copy of the weights and of their gradients, at a copy each time."""
+    backward. Default: where several ranks shard, there is no pipeline, and a tensor rank's gathered
+    weights and gradients would exceed 8 GiB. Over one rank it saves the compute-dtype copy of the
+    weights and of their gradients, at a copy each time."""
 
 
 class SourceConfig(Section):
@@ -256,11 +257,22 @@ class Config(Section):
     metrics: MetricsConfig = MetricsConfig()
 
 
-def frees_weights(layout: LayoutConfig) -> bool:
+GATHERED_LIMIT = 8 * 2**30
+"""Bytes of gathered weights and gradients, a tenth of a GPU's memory, that a rank keeps for speed:
+with M micro-batches, keeping them saves 2·M - 1 gathers and M - 1 reductions a step."""
+
+GATHERED_BYTES = {"bf16": 2 + 4, "fp32": 4 + 4, "fp64": 8 + 8}
+"""Of a parameter: its compute-dtype copy and the gradient that micro-batches add up in."""
+
+
+def frees_weights(config: Config) -> bool:
     """`reshard_after_forward`, or its default; `data_shard` is resolved."""
-    several = layout.data_shard * layout.context > 1
-    asked = layout.reshard_after_forward
-    return several and layout.pipeline == 1 if asked is None else asked
+    layout = config.layout
+    if layout.reshard_after_forward is not None:
+        return layout.reshard_after_forward
+    parameters = parameter_count(config.model) // layout.tensor
+    large = parameters * GATHERED_BYTES[config.train.precision] > GATHERED_LIMIT
+    return large and layout.data_shard * layout.context > 1 and layout.pipeline == 1
 
 
 VOCAB_MULTIPLE = 128

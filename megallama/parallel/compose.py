@@ -50,7 +50,7 @@ def build_stages(config: Config, groups: ProcessGroupManager, device: torch.devi
             activation_checkpointing=config.train.activation_checkpointing,
             compile_block=config.train.compile,
         )
-    reshard = frees_weights(layout)
+    reshard = frees_weights(config)
     shard_over_data(module, groups.fsdp_mesh, precision=precision, reshard_after_forward=reshard)
     materialize(module, model, groups, config.train.seed, device)
     tokens = config.data.seq_len * layout.micro_batch // layout.context

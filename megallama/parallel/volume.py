@@ -78,7 +78,7 @@ class _Sizes:
 
     @property
     def zero3(self) -> bool:
-        return frees_weights(self.config.layout)
+        return frees_weights(self.config)
 
     @property
     def recomputed(self) -> bool:

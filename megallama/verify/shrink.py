@@ -4,7 +4,13 @@ import math
 from typing import Any
 
 from megallama.config.rules import resolve_world
-from megallama.config.schema import Config, LayoutConfig, ModelConfig, SourceConfig
+from megallama.config.schema import (
+    Config,
+    LayoutConfig,
+    ModelConfig,
+    SourceConfig,
+    frees_weights,
+)
 from megallama.mesh import AXES
 
 PRECISION = {"float64": "fp64", "float32": "fp32", "bf16": "bf16"}
@@ -20,9 +26,10 @@ def shrink(config: Config, *, dtype: str, steps: int, max_processes: int) -> Con
     """The config to verify.
 
     Kept: the axes that are used and how, schedule, virtual stages, fewer micro-batches than ranks,
-    tying, grouped-query ratio up to 2 and kv_heads below tensor, RoPE scaling, uneven vocabulary
-    and layers, document mask, clipping, activation checkpointing, compile. Axes are halved, the
-    largest first, until they fit. Not kept: overlap through symmetric memory, which needs GPUs.
+    tying, freeing of gathered weights, grouped-query ratio up to 2 and kv_heads below tensor, RoPE
+    scaling, uneven vocabulary and layers, document mask, clipping, activation checkpointing,
+    compile. Axes are halved, the largest first, until they fit. Not kept: overlap through symmetric
+    memory, which needs GPUs.
 
     Args:
         config: to be shrunk; a `data_shard` of -1 becomes 2, so that sharding is exercised.
@@ -36,6 +43,8 @@ def shrink(config: Config, *, dtype: str, steps: int, max_processes: int) -> Con
     """
     layout = _shrink_layout(config.layout, max_processes)
     model = _shrink_model(config.model, layout)
+    # The twin is small, and would keep its weights where the config frees them.
+    freed = frees_weights(config.model_copy(update={"layout": layout}))
     data_ranks = layout.data_shard * layout.data_replicate
     few = _micro_batches(config)
     if few < layout.pipeline:
@@ -49,7 +58,9 @@ def shrink(config: Config, *, dtype: str, steps: int, max_processes: int) -> Con
     )
     changes: dict[str, Any] = {
         "model": model,
-        "layout": layout.model_copy(update={"micro_batch": micro_batch}),
+        "layout": layout.model_copy(
+            update={"micro_batch": micro_batch, "reshard_after_forward": freed}
+        ),
         "data": config.data.model_copy(
             update={"sources": [SourceConfig(path="random tokens")], "seq_len": seq_len}
         ),

@@ -3,7 +3,9 @@
 import pytest
 
 from megallama.config.errors import UserError
+from megallama.config.load import load_config
 from megallama.config.rules import required_processes, resolve_world
+from megallama.config.schema import frees_weights
 from tests.config.sample import load
 
 
@@ -72,3 +74,21 @@ def test_processes_for_a_start_alone(layout: str, devices: int, processes: int) 
     config = load(*layout.split())
     assert required_processes(config, devices) == processes
     assert resolve_world(config, processes).layout.data_shard > 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "freed"),
+    [
+        ("", True),  # 8.0e9 parameters, 6 bytes each
+        ("model=llama3.2_1b", False),  # 1.24e9
+        ("model=llama3.2_1b train.precision=fp32", True),
+        ("layout.tensor=8 layout.data_shard=1 layout.context=2", False),  # 1.0e9 a tensor rank
+        ("layout.pipeline=2 layout.data_shard=4", False),
+        ("layout.data_shard=1 layout.data_replicate=8", False),
+        ("layout.pipeline=2 layout.data_shard=4 layout.reshard_after_forward=true", True),
+        ("layout.reshard_after_forward=false", False),
+    ],
+)
+def test_weights_are_freed_where_they_are_large(changes: str, freed: bool) -> None:
+    config = load_config("llama3.1_8b_8gpu", changes.split())
+    assert frees_weights(resolve_world(config, 8 if "context" not in changes else 16)) is freed

@@ -210,6 +210,8 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 def make_config(model: dict[str, Any] | None = None, **sections: dict[str, Any]) -> Config:
     """A config with sections merged over a small default one."""
     layout = {"data_shard": 1} | sections.pop("layout", {})
+    if layout["data_shard"] * layout.get("context", 1) > 1 and "pipeline" not in layout:
+        layout.setdefault("reshard_after_forward", True)  # as models have it that are not tiny
     plain = {
         "model": MODEL | (model or {}),
         "layout": layout,

@@ -29,3 +29,11 @@ def test_uneven_layers_and_few_kv_heads_stay(config_for):
     twin = shrink(config, dtype="float32", steps=3, max_processes=16)
     assert twin.model.layers % 4
     assert twin.model.kv_heads < twin.layout.tensor
+
+
+@pytest.mark.parametrize(
+    ("run", "freed"), [("llama3.1_8b_8gpu", True), ("llama3.2_1b_1gpu", False)]
+)
+def test_a_twin_frees_its_weights_as_the_config_does(run, freed):
+    twin = shrink(load_config(run), dtype="float32", steps=3, max_processes=16)
+    assert twin.layout.reshard_after_forward is freed
