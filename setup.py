@@ -2,12 +2,13 @@
 
 from setuptools import find_packages, setup
 
-LAUNCH = ["megallama_launch"]
+OUTSIDE = ["megallama_launch", "megallama_kernels"]
 
 setup(
-    packages=[*find_packages(include=["megallama", "megallama.*"]), *LAUNCH, "megallama_configs"],
+    packages=[*find_packages(include=["megallama", "megallama.*"]), *OUTSIDE, "megallama_configs"],
     package_dir={
         "megallama_launch": "launch/megallama_launch",
+        "megallama_kernels": "kernels/megallama_kernels",
         "megallama_configs": "configs",
     },
     package_data={

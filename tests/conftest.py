@@ -17,6 +17,8 @@ def pytest_configure(config: pytest.Config) -> None:
     config.add_cleanup(cache.cleanup)
     os.environ["MEGALLAMA_CACHE"] = cache.name
     os.environ["OMP_NUM_THREADS"] = "1"
+    if not _has_cuda():
+        os.environ["TRITON_INTERPRET"] = "1"  # before any kernel is imported
 
     # a shared machine is slow at times, and a failure in CI must come back on the next run
     hypothesis.settings.register_profile("ours", deadline=None, derandomize="CI" in os.environ)
@@ -35,10 +37,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def _our_modules() -> list[str]:
     """Every module of the package, as far as it exists, but the one that runs the command."""
-    files = (ROOT / "megallama").rglob("*.py")
-    parts = [file.relative_to(ROOT).with_suffix("").parts for file in sorted(files)]
+    folders = (ROOT / "megallama", ROOT / "kernels" / "megallama_kernels")
+    files = [file for folder in folders for file in sorted(folder.rglob("*.py"))]
+    parts = [_module_of(file) for file in files]
     names = [".".join(p[:-1] if p[-1] == "__init__" else p) for p in parts if p[-1] != "__main__"]
     return [*names, "tests.ranks"]
+
+
+def _module_of(file: Path) -> tuple[str, ...]:
+    parts = file.relative_to(ROOT).with_suffix("").parts
+    return parts[1:] if parts[0] == "kernels" else parts
 
 
 def _has_cuda() -> bool:

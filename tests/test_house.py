@@ -17,7 +17,11 @@ from megallama_launch import claims
 from megallama.train import environment
 
 ROOT = Path(__file__).parent.parent
-INSTALLED = {"megallama": ROOT / "megallama", "megallama_launch": ROOT / "launch/megallama_launch"}
+INSTALLED = {
+    "megallama": ROOT / "megallama",
+    "megallama_launch": ROOT / "launch/megallama_launch",
+    "megallama_kernels": ROOT / "kernels/megallama_kernels",
+}
 STANDARD_LIBRARY = frozenset(sys.stdlib_module_names)
 
 # import-linter (pyproject.toml) says who of us may import whom; it sees packages from outside by
@@ -39,6 +43,7 @@ EXTERNALS = {
     "megallama/checkpoint": {"torch", "xxhash"},
     "megallama/observe": {"torch", "rich"},
     "launch/megallama_launch": {"torch"},
+    "kernels/megallama_kernels": {"torch", "triton"},
 }
 
 
@@ -98,6 +103,12 @@ BROKEN_RULES = [
     ("megallama/train/loop.py", "import megallama.cli", "Rooms import"),
     ("megallama/parallel/placements.py", "import torch", "Placements"),
     ("launch/megallama_launch/local.py", "import megallama.model.llama", "megallama_launch starts"),
+    ("kernels/megallama_kernels/rope.py", "import megallama.config.schema", "Kernels know"),
+    (
+        "launch/megallama_launch/local.py",
+        "import megallama_kernels.rope",
+        "megallama_launch starts",
+    ),
     ("megallama/attic.py", "", "exhaustive"),
 ]
 
@@ -109,8 +120,9 @@ def test_a_broken_import_rule_is_found(file: str, line: str, contract: str, tmp_
     with (tmp_path / file).open("a") as source:
         source.write(f"{line}\n")
     linter = Path(sysconfig.get_path("scripts"), "lint-imports")
-    # From inside the copy both packages are the copy's.
-    env = os.environ | {"PYTHONPATH": f"{tmp_path}:{tmp_path / 'launch'}"}
+    # From inside the copy all packages are the copy's.
+    folders = [tmp_path, tmp_path / "launch", tmp_path / "kernels"]
+    env = os.environ | {"PYTHONPATH": ":".join(map(str, folders))}
     done = subprocess.run(
         [linter, "--no-cache"], cwd=tmp_path, env=env, capture_output=True, text=True
     )
@@ -217,7 +229,7 @@ def copy_sources(to: Path) -> None:
     """All that an installation is made from."""
     for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, to)
-    for name in ("megallama", "launch", "configs"):
+    for name in ("megallama", "launch", "kernels", "configs"):
         ignore = shutil.ignore_patterns("__pycache__", ".*")
         shutil.copytree(ROOT / name, to / name, ignore=ignore)
 

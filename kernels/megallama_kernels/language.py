@@ -4,6 +4,7 @@ Without Triton every op computes by its PyTorch reference. `TRITON_INTERPRET=1`,
 first import of this package, runs the kernels on CPU tensors in Triton's interpreter.
 """
 
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -23,8 +24,12 @@ except ModuleNotFoundError:
         """Leave a kernel as it is: it is never launched."""
         return kernel
 
-    class tl:  # noqa: N801, D101
-        constexpr = int
+    tl: Any = SimpleNamespace(constexpr=int)  # type: ignore[no-redef]
+
+
+OPTIONS = {"enable_fp_fusion": True}
+"""Of every launch: a product and a sum may become one operation, which Triton 3.10 has to be told.
+"""
 
 
 def launches(x: Tensor) -> bool:

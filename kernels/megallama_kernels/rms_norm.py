@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from megallama_kernels.language import (
+    OPTIONS,
     at_least_float32,
     compute_units,
     jit,
@@ -25,6 +26,8 @@ from megallama_kernels.language import (
 
 TILE = 1024
 """Elements of a forward tile, at least: short rows share a program."""
+LONG = 16384
+"""Columns from which on backward with a residual reads a row twice, the second time from cache."""
 PROGRAMS_PER_UNIT = 2
 """Of backward, whose programs go over rows and keep the weight's gradient in registers."""
 
@@ -87,7 +90,7 @@ def _backward(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     ADD: tl.constexpr,
-    LONG: tl.constexpr = 16384,
+    LONG: tl.constexpr,
 ):
     column = tl.arange(0, BLOCK)[None, :]
     real = (column < COLUMNS) | (COLUMNS == BLOCK)  # all of them, and the compiler knows it
@@ -146,9 +149,7 @@ def reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return _normed(x, _rstd(x, eps)) * weight
 
 
-def add_reference(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
+def add_reference(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """`x + residual` normed, and `x + residual`, both `[..., d]`."""
     stream = x + residual
     return reference(stream, weight, eps), stream
@@ -224,8 +225,10 @@ def _rms_norm_backward(
         *extra.stride(),
         *x.stride(),
         COLUMNS=columns,
+        LONG=LONG,
         ADD=dstream is not None,
         **options,
+        **OPTIONS,
     )
     return dx, partial.sum(0).to(weight.dtype)
 
@@ -258,6 +261,7 @@ def _launch_forward(
         COLUMNS=columns,
         ADD=residual is not None,
         **options,
+        **OPTIONS,
     )
 
 
@@ -271,12 +275,8 @@ def _like(x: Tensor) -> Tensor:
 
 
 _rms_norm.register_fake(lambda x, weight, eps: (_like(x), _rstd_like(x)))
-_add_rms_norm.register_fake(
-    lambda x, residual, weight, eps: (_like(x), _like(x), _rstd_like(x))
-)
-_rms_norm_backward.register_fake(
-    lambda dy, dstream, x, weight, rstd: (_like(x), _like(weight))
-)
+_add_rms_norm.register_fake(lambda x, residual, weight, eps: (_like(x), _like(x), _rstd_like(x)))
+_rms_norm_backward.register_fake(lambda dy, dstream, x, weight, rstd: (_like(x), _like(weight)))
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -317,9 +317,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return _rms_norm(x, weight, eps)[0]
 
 
-def add_rms_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """The fused op of `add_reference`, `[T, d]` each."""
     y, stream, _ = _add_rms_norm(x, residual, weight, eps)
     return y, stream

@@ -67,6 +67,7 @@ def compile_all(variants: list[Variant]) -> dict[str, Code]:
 
 def _compile(variant: Variant) -> Code:
     import triton
+    from megallama_kernels.language import OPTIONS
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -81,7 +82,7 @@ def _compile(variant: Variant) -> Code:
             attributes[(at,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, dict(variant.constants), attributes)
     target = GPUTarget("cuda", variant.arch, WARP)
-    compiled = triton.compile(source, target=target, options={"num_warps": variant.warps})
+    compiled = triton.compile(source, target=target, options=OPTIONS | {"num_warps": variant.warps})
     kept = Path(triton.knobs.cache.dir) / "megallama" / f"{compiled.hash}.json"
     if kept.exists():
         plain = json.loads(kept.read_text())
@@ -105,8 +106,8 @@ def _read(cubin: bytes) -> Code:
     def widths(operation: str) -> dict[int, int]:
         counts: dict[int, int] = {}
         for line in re.findall(rf"\b{operation}\.[\w.]*", code):
-            bits = re.search(r"\.(U?8|U?16|64|128|256)\b", line.replace("S8", "8").replace("S16", "16"))
-            width = int(bits[1].lstrip("U")) if bits else 32
+            bits = re.search(r"\.[US]?(8|16|64|128|256)\b", line)
+            width = int(bits[1]) if bits else 32
             counts[width] = counts.get(width, 0) + 1
         return counts
 
