@@ -59,13 +59,13 @@ class Code:
 
 def compile_all(variants: list[Variant]) -> dict[str, Code]:
     """Compile in as many processes as there are cores."""
-    os.environ.pop("TRITON_INTERPRET", None)
     workers = len(os.sched_getaffinity(0))
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         return {v.name: c for v, c in zip(variants, pool.map(_compile, variants), strict=True)}
 
 
 def _compile(variant: Variant) -> Code:
+    os.environ.pop("TRITON_INTERPRET", None)
     import triton
     from megallama_kernels.language import OPTIONS
     from triton.backends.compiler import GPUTarget
