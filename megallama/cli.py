@@ -110,6 +110,12 @@ def _add_verify(commands: Any) -> None:
         default=16,
         help="shrink the layout to at most so many; default: 16",
     )
+    command.add_argument(
+        "--kernels",
+        choices=("torch", "interpreter"),
+        default="torch",
+        help="interpreter: the layout computes with the Triton kernels, on CPU; default: torch",
+    )
     command.add_argument("--json", action="store_true", help="print the report as JSON")
 
 
@@ -219,6 +225,8 @@ def _user_error(error: UserError, *, speak: bool) -> int:
 
 
 def _verify(options: argparse.Namespace) -> int:
+    if options.kernels == "interpreter":
+        os.environ["TRITON_INTERPRET"] = "1"  # before anything imports the kernels
     from megallama.config.load import load_config
     from megallama.verify.report import print_report, to_json
     from megallama.verify.run import VerificationFailed, verify
@@ -226,7 +234,11 @@ def _verify(options: argparse.Namespace) -> int:
     config = load_config(options.config, options.overrides)
     try:
         report = verify(
-            config, dtype=options.dtype, steps=options.steps, max_processes=options.processes
+            config,
+            dtype=options.dtype,
+            steps=options.steps,
+            max_processes=options.processes,
+            kernels=options.kernels,
         )
     except VerificationFailed as failed:
         return failed.exit_code

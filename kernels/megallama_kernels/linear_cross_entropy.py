@@ -7,6 +7,7 @@ accumulates in float32 over chunks.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -16,9 +17,6 @@ from torch import Tensor
 from megallama_kernels import cross_entropy
 from megallama_kernels.cross_entropy import IGNORED_LABEL
 from megallama_kernels.language import at_least_float32
-
-CHUNK_ROWS = 4096
-"""Large chunks: dW is read and written once a chunk."""
 
 
 class LossOps(NamedTuple):
@@ -61,7 +59,7 @@ def loss_and_gradients(
     gradients: bool = True,
     exchange: Callable[[Tensor], Tensor] = lambda statistics: statistics,
     ops: LossOps = FUSED,
-    chunk_rows: int = CHUNK_ROWS,
+    chunk_rows: int,
 ) -> LossAndGradients:
     """`scale` times the sum of the cross-entropies of `x @ weight.T`, and its gradients.
 
@@ -75,7 +73,7 @@ def loss_and_gradients(
         gradients: whether they are wanted.
         exchange: statistics `[3, R]` of this rank -> `[ranks, 3, R]` of all that hold columns.
         ops: the passes over logits.
-        chunk_rows: rows of a chunk.
+        chunk_rows: rows of a chunk; large ones, since dW is read and written once a chunk.
 
     """
     real = max(0, min(weight.shape[0], vocab - first))
@@ -99,22 +97,19 @@ def loss_and_gradients(
 def _add_product_(total: Tensor, dlogits: Tensor, x: Tensor) -> None:
     """`total += dlogits.T @ x`, in `total`'s precision."""
     if total.dtype == x.dtype:
-        total.addmm_(dlogits.t(), x)
+        torch.addmm(total, dlogits.t(), x, out=total)
     elif x.is_cuda:
         torch.addmm(total, dlogits.t(), x, out_dtype=total.dtype, out=total)
     else:
-        total.addmm_(dlogits.t().to(total.dtype), x.to(total.dtype))
+        torch.addmm(total, dlogits.t().to(total.dtype), x.to(total.dtype), out=total)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     """`loss_and_gradients` with a gradient that comes from above."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, labels: Tensor, scale: Tensor, vocab: int, ops: LossOps
-    ) -> Tensor:
-        wanted = any(ctx.needs_input_grad)
-        found = loss_and_gradients(x, weight, labels, scale, vocab=vocab, gradients=wanted, ops=ops)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, find: Callable[..., Any]) -> Tensor:
+        found = find(x, weight)
         ctx.save_for_backward(found.dx, found.dweight)
         ctx.dtype = weight.dtype
         return found.loss
@@ -122,7 +117,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         dx, dweight = ctx.saved_tensors
-        return scaled(dx, grads[0], dx.dtype), scaled(dweight, grads[0], ctx.dtype), *[None] * 4
+        return scaled(dx, grads[0], dx.dtype), scaled(dweight, grads[0], ctx.dtype), None
 
 
 def scaled(gradient: Tensor, by: Tensor, dtype: torch.dtype) -> Tensor:
@@ -131,8 +126,23 @@ def scaled(gradient: Tensor, by: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.mul(gradient, by, out=out)
 
 
+def differentiable(find: Callable[..., LossAndGradients], x: Tensor, weight: Tensor) -> Tensor:
+    """The loss that `find(x, weight, gradients=...)` yields, as autograd sees it."""
+    wanted = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    if not wanted:
+        return find(x, weight, gradients=False).loss
+    return _LinearCrossEntropy.apply(x, weight, partial(find, gradients=True))
+
+
 def linear_cross_entropy(
-    x: Tensor, weight: Tensor, labels: Tensor, scale: Tensor, vocab: int, ops: LossOps = FUSED
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    scale: Tensor,
+    *,
+    vocab: int,
+    chunk_rows: int,
+    ops: LossOps = FUSED,
 ) -> Tensor:
     """`scale` times the sum of the cross-entropies of `x @ weight.T`, `[]`, at least float32.
 
@@ -142,7 +152,16 @@ def linear_cross_entropy(
         labels: `[T]` int64, `IGNORED_LABEL` where no loss is taken.
         scale: `[]`, not differentiated.
         vocab: tokens that exist.
+        chunk_rows: rows of a chunk.
         ops: the passes over logits.
 
     """
-    return _LinearCrossEntropy.apply(x, weight, labels, scale, vocab, ops)
+    find = partial(
+        loss_and_gradients,
+        labels=labels,
+        scale=scale,
+        vocab=vocab,
+        chunk_rows=chunk_rows,
+        ops=ops,
+    )
+    return differentiable(find, x, weight)

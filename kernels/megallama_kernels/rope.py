@@ -71,7 +71,21 @@ def reference(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> Tensor:
         positions: `[T]` int32, below S.
 
     """
-    return _turned(x, cos, sin, positions, 1)
+    return _Turn.apply(x, cos, sin, positions)
+
+
+class _Turn(torch.autograd.Function):
+    """Backward turns the other way; nothing but the tables is kept for it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin, positions)
+        return _turned(x, cos, sin, positions, 1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        cos, sin, positions = ctx.saved_tensors
+        return _turned(grads[0], cos, sin, positions, -1), None, None, None
 
 
 def _turned(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, sign: int) -> Tensor:

@@ -167,6 +167,21 @@ class TrainConfig(Section):
     """Deterministic kernels only; slower, and bitwise repeatable on a GPU."""
 
 
+class KernelsConfig(Section):
+    """What computes each fused operation. auto: Triton on a GPU, torch elsewhere. Without a GPU
+    triton needs TRITON_INTERPRET=1, which is for tests: it is very slow.
+    """
+
+    rms_norm: Literal["auto", "triton", "torch", "compile", "apex"] = "auto"
+    """RMSNorm, and the residual's addition before it. apex: NVIDIA's FusedRMSNorm."""
+    swiglu: Literal["auto", "triton", "torch", "compile"] = "auto"
+    """SwiGLU's activation."""
+    rotary: Literal["auto", "triton", "torch", "compile"] = "auto"
+    """Rotary position embedding."""
+    cross_entropy: Literal["auto", "triton", "torch", "compile"] = "auto"
+    """The passes over logits, chunk by chunk between the head's products."""
+
+
 class OptimizerConfig(Section):
     """AdamW (Loshchilov & Hutter 2019); weight decay spares the norm weights."""
 
@@ -250,6 +265,7 @@ class Config(Section):
     layout: LayoutConfig = LayoutConfig()
     data: DataConfig = DataConfig()
     train: TrainConfig
+    kernels: KernelsConfig = KernelsConfig()
     optimizer: OptimizerConfig
     lr_schedule: LrScheduleConfig = LrScheduleConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -274,6 +290,9 @@ def frees_weights(config: Config) -> bool:
     large = parameters * GATHERED_BYTES[config.train.precision] > GATHERED_LIMIT
     return large and layout.data_shard * layout.context > 1 and layout.pipeline == 1
 
+
+LOSS_CHUNK = 4096
+"""Tokens whose logits exist at a time."""
 
 VOCAB_MULTIPLE = 128
 

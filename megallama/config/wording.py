@@ -45,6 +45,7 @@ EXAMPLES = {
     "train": "train: {global_batch_tokens: 1536, steps: 150}",
     "train.global_batch_tokens": "global_batch_tokens: 1536",
     "train.steps": "steps: 150",
+    "kernels": "kernels: {rms_norm: triton}",
     "optimizer": "optimizer: {lr: 3e-4}",
     "optimizer.lr": "lr: 3e-4",
     "lr_schedule": "lr_schedule: {warmup_steps: 10}",

@@ -46,11 +46,12 @@ class AttentionPlan:
     """All that attention needs to know of one micro-batch, made once on the host for all layers."""
 
     cos: Tensor
-    """`[T, 1, head_dim/2]` for the tokens whose queries are at hand, float32 or float64."""
+    """`[S, head_dim/2]` by position, float32 or float64."""
     sin: Tensor
-    key_cos: Tensor
-    """The same for the tokens whose keys the block projects or receives."""
-    key_sin: Tensor
+    positions: Tensor
+    """`[T]` int32, of the tokens whose queries are at hand."""
+    key_positions: Tensor
+    """The same of the tokens whose keys the block projects or receives."""
     dense_rows: int | None
     """Rows of equal length, each one document; None if documents differ in length."""
     segments: tuple[Segment, ...]
@@ -71,7 +72,8 @@ def plan_attention(
 
     Args:
         config: shape of the model.
-        position_ids: `[T]` of the whole stream, on the device that computes.
+        position_ids: `[T]` of the whole stream, each below its document's length, on the device
+            that computes.
         cu_seqlens: document borders 0 … T, on the host.
         dtype: of activations; the rotary table takes it or float32, whichever is wider.
         queries: ranges of the stream whose queries are at hand, ascending; all by default.
@@ -79,17 +81,17 @@ def plan_attention(
     """
     lengths = {stop - start for start, stop in pairwise(cu_seqlens)}
     dense = len(lengths) == 1 and queries is None
-    cos, sin = key_cos, key_sin = rotary_table(config, position_ids, table_dtype(dtype))
+    cos, sin = rotary_table(config, max(lengths), table_dtype(dtype), position_ids.device)
+    positions = key_positions = position_ids.int()
     if queries is not None:
-        at_hand = stream_index(queries, position_ids.device)
-        cos, sin = cos[at_hand], sin[at_hand]
+        positions = positions[stream_index(queries, position_ids.device)]
     queries = [range(cu_seqlens[-1])] if queries is None else queries
     packed_on_gpu = position_ids.is_cuda and not dense
     return AttentionPlan(
         cos=cos,
         sin=sin,
-        key_cos=key_cos,
-        key_sin=key_sin,
+        positions=positions,
+        key_positions=key_positions,
         dense_rows=len(cu_seqlens) - 1 if dense else None,
         segments=tuple(_segments(cu_seqlens, queries)),
         block_mask=(

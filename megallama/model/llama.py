@@ -10,25 +10,12 @@ from dataclasses import dataclass
 from itertools import chain
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megallama.config.schema import ModelConfig, vocab_rows
 from megallama.model.attention import AttentionPlan
-from megallama.model.precision import at_least_float32
-from megallama.model.rope import rotate
+from megallama.model.kernels import Kernels
 from megallama.model.seams import Seams
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Root-mean-square norm (Zhang & Sennrich 2019) over the last dimension.
-
-    The normalised value is rounded to `x`'s dtype before the weight multiplies it, as Hugging Face
-    Llama does.
-    """
-    wide = at_least_float32(x)
-    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return normed.to(x.dtype) * weight
 
 
 class Embedding(nn.Module):
@@ -47,10 +34,11 @@ class Embedding(nn.Module):
 class Block(nn.Module):
     """A transformer block: pre-norm attention and SwiGLU (Shazeer 2020) on the stream."""
 
-    def __init__(self, config: ModelConfig, seams: Seams) -> None:
+    def __init__(self, config: ModelConfig, seams: Seams, kernels: Kernels) -> None:
         super().__init__()
         d, K = config.hidden, config.head_dim
-        self.seams, self.head_dim, self.eps = seams, K, config.norm_eps
+        self.seams, self.kernels = seams, kernels
+        self.head_dim, self.eps = K, config.norm_eps
         self.attn_norm = nn.Parameter(torch.empty(d))
         self.wq = nn.Parameter(torch.empty(config.heads * K, d))
         # [Hkv, 2, K, d] with its leading dimensions folded: FSDP cuts rows, and Hkv are too few.
@@ -68,20 +56,23 @@ class Block(nn.Module):
 
     def compute(self, x: Tensor, plan: AttentionPlan) -> Tensor:
         """The block's arithmetic, `[T, d]` -> `[T, d]`."""
-        x = x + self._attention(rms_norm(x, self._local("attn_norm"), self.eps), plan)
-        return x + self._feed_forward(rms_norm(x, self._local("ffn_norm"), self.eps))
+        normed = self.kernels.rms_norm(x, self._local("attn_norm"), self.eps)
+        out = self._attention(normed, plan)
+        normed, x = self.kernels.add_rms_norm(out, x, self._local("ffn_norm"), self.eps)
+        return x + self._feed_forward(normed)
 
     def _attention(self, x: Tensor, plan: AttentionPlan) -> Tensor:
         q, kv = self.seams.enter_attention(x, self._local("wq"), self._local("wkv"), plan)
         q = q.unflatten(-1, (-1, self.head_dim))
         k, v = kv.unflatten(-1, (-1, 2, self.head_dim)).unbind(-2)
-        q, k = rotate(q, plan.cos, plan.sin), rotate(k, plan.key_cos, plan.key_sin)
+        q = self.kernels.rotate(q, plan.cos, plan.sin, plan.positions)
+        k = self.kernels.rotate(k, plan.cos, plan.sin, plan.key_positions)
         out = self.seams.attend(q, k, v, plan)
         return self.seams.leave(out.flatten(1), self._local("wo"))
 
     def _feed_forward(self, x: Tensor) -> Tensor:
-        gate, up = self.seams.enter(x, *self._local("w13").unbind(1))
-        return self.seams.leave(F.silu(gate) * up, self._local("w2"))
+        activated = self.kernels.swiglu(self.seams.enter, x, self._local("w13"))
+        return self.seams.leave(activated, self._local("w2"))
 
     def _local(self, name: str) -> Tensor:
         return self.seams.local(name, getattr(self, name))
@@ -90,23 +81,29 @@ class Block(nn.Module):
 class Head(nn.Module):
     """Final norm and vocabulary projection."""
 
-    def __init__(self, config: ModelConfig, seams: Seams, tied_to: Embedding | None) -> None:
+    def __init__(
+        self, config: ModelConfig, seams: Seams, kernels: Kernels, tied_to: Embedding | None
+    ) -> None:
         super().__init__()
-        self.seams, self.eps, self.vocab = seams, config.norm_eps, config.vocab
+        self.seams, self.kernels = seams, kernels
+        self.eps, self.vocab = config.norm_eps, config.vocab
         self.norm = nn.Parameter(torch.empty(config.hidden))
         rows = vocab_rows(config)
         self.weight = tied_to.weight if tied_to else nn.Parameter(torch.empty(rows, config.hidden))
 
-    def forward(self, x: Tensor, labels: Tensor | None) -> Tensor:
-        """`x [T, d]`, `labels [T]` -> per-token loss `[T]`; without labels, logits `[T, vocab]`.
+    def forward(self, x: Tensor, labels: Tensor | None, loss_scale: Tensor | None) -> Tensor:
+        """`x [T, d]`, `labels [T]` -> the loss `[]`; without labels, logits `[T, vocab]`.
 
         Under tensor parallelism logits are this rank's columns, padding included.
         """
-        normed = rms_norm(x, self.seams.local("head.norm", self.norm), self.eps)
-        (logits,) = self.seams.enter(normed, self.seams.local("head.weight", self.weight))
+        weight = self.seams.local("head.weight", self.weight)
+        normed = self.kernels.rms_norm(x, self.seams.local("head.norm", self.norm), self.eps)
         if labels is None:
+            (logits,) = self.seams.enter(normed, weight)
             return logits[:, : self.vocab]
-        return self.seams.cross_entropy(logits, labels, self.vocab)
+        assert loss_scale is not None
+        ops = self.kernels.loss
+        return self.seams.loss(normed, weight, labels, loss_scale, self.vocab, ops)
 
 
 @dataclass(frozen=True)
@@ -130,6 +127,7 @@ class Llama(nn.Module):
         config: shape of the whole model.
         seams: what this rank does differently.
         parts: what this rank holds, in the order of the layers; everything by default.
+        kernels: what computes the fused operations; torch by default.
 
     """
 
@@ -138,20 +136,26 @@ class Llama(nn.Module):
         config: ModelConfig,
         seams: Seams | None = None,
         parts: Sequence[Part] | None = None,
+        kernels: Kernels | None = None,
     ) -> None:
         super().__init__()
-        seams = seams or Seams()
+        seams, kernels = seams or Seams(), kernels or Kernels()
         self.parts = tuple(parts or [Part(range(config.layers))])
         first, last = (any(getattr(p, end) for p in self.parts) for end in ("first", "last"))
         holds_embedding = first or (last and config.tie_embeddings)
         self.embed = Embedding(config, seams) if holds_embedding else None
         layers = chain.from_iterable(part.layers for part in self.parts)
-        self.layers = nn.ModuleDict({str(i): Block(config, seams) for i in layers})
+        self.layers = nn.ModuleDict({str(i): Block(config, seams, kernels) for i in layers})
         tied_to = self.embed if config.tie_embeddings else None
-        self.head = Head(config, seams, tied_to) if last else None
+        self.head = Head(config, seams, kernels, tied_to) if last else None
 
     def forward(
-        self, x: Tensor, plan: AttentionPlan, labels: Tensor | None = None, part: int = 0
+        self,
+        x: Tensor,
+        plan: AttentionPlan,
+        labels: Tensor | None = None,
+        loss_scale: Tensor | None = None,
+        part: int = 0,
     ) -> Tensor:
         """Run one part.
 
@@ -159,11 +163,12 @@ class Llama(nn.Module):
             x: tokens `[T]` int64 for the first part of the model, else the stream `[T, d]`.
             plan: of this micro-batch.
             labels: `[T]` int64, for the last part of the model when the loss is wanted.
+            loss_scale: `[]`, with labels: 1 / valid tokens of the global batch.
             part: which of `parts`.
 
         Returns:
-            The stream `[T, d]`; of the model's last part per-token losses `[T]`, or logits
-            `[T, vocab]` if there are no labels.
+            The stream `[T, d]`; of the model's last part the scaled sum of the token losses `[]`,
+            in nats, at least float32, or logits `[T, vocab]` if there are no labels.
 
         """
         this = self.parts[part]
@@ -175,4 +180,4 @@ class Llama(nn.Module):
         if not this.last:
             return x
         assert self.head is not None
-        return self.head(x, labels)
+        return self.head(x, labels, loss_scale)

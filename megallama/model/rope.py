@@ -1,16 +1,11 @@
-"""Rotary position embedding (Su et al. 2021) with Llama 3.1's frequency scaling.
-
-Features are paired as Hugging Face does: feature i with feature i + head_dim/2.
-"""
+"""Angles of rotary position embedding (Su et al. 2021) with Llama 3.1's frequency scaling."""
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from megallama.config.schema import ModelConfig, RopeScaling
-from megallama.model.precision import at_least_float32
 
 
 def inverse_frequencies(config: ModelConfig) -> Tensor:
@@ -38,37 +33,12 @@ def table_dtype(activations: torch.dtype) -> torch.dtype:
 
 
 def rotary_table(
-    config: ModelConfig, position_ids: Tensor, dtype: torch.dtype
+    config: ModelConfig, length: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Cosine and sine for each token, `[T, 1, head_dim/2]` each, on the positions' device.
+    """Cosine and sine for positions 0 … length - 1, `[length, head_dim/2]` each.
 
     Angles are taken in float64: in float32 they are off by 8e-3 rad at position 131,072.
     """
-    inverse = inverse_frequencies(config).to(position_ids.device)
-    angles = torch.outer(position_ids.to(torch.float64), inverse)[:, None]
+    positions = torch.arange(length, dtype=torch.float64, device=device)
+    angles = torch.outer(positions, inverse_frequencies(config).to(device))
     return angles.cos().to(dtype), angles.sin().to(dtype)
-
-
-class _Rotate(torch.autograd.Function):
-    """Backward turns the other way; nothing but the tables is kept for it."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        ctx.save_for_backward(cos, sin)
-        return _turn(x, cos, sin)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        cos, sin = ctx.saved_tensors
-        return _turn(grads[0], cos, -sin), None, None
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """`x [T, H, head_dim]` rotated by its tokens' angles; computed in the table's precision."""
-    return _Rotate.apply(x, cos, sin)
-
-
-def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    first, second = at_least_float32(x).chunk(2, dim=-1)
-    rotated = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
-    return rotated.to(x.dtype)

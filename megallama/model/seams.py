@@ -10,12 +10,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch.nn.functional as F
+from megallama_kernels.cross_entropy import IGNORED_LABEL as IGNORED_LABEL
+from megallama_kernels.linear_cross_entropy import LossOps, linear_cross_entropy
 from torch import Tensor
 
+from megallama.config.schema import LOSS_CHUNK
 from megallama.model.attention import AttentionPlan, attend
-from megallama.model.precision import at_least_float32
-
-IGNORED_LABEL = -100
 
 
 def as_it_is(_name: str, parameter: Tensor) -> Tensor:
@@ -35,17 +35,23 @@ def project_attention(
     return project(x, wq, wkv)
 
 
-def cross_entropy(logits: Tensor, labels: Tensor, vocab: int) -> Tensor:
-    """Per-token loss in nats, `[T]`, at least float32; 0 where the label is ignored.
+def loss(
+    x: Tensor, weight: Tensor, labels: Tensor, scale: Tensor, vocab: int, ops: LossOps
+) -> Tensor:
+    """`scale` times the sum of the token losses in nats, `[]`, at least float32.
 
     Args:
-        logits: `[T, V]`; columns from `vocab` on are padding and take no part.
+        x: `[T, d]`, normed.
+        weight: `[V, d]`; rows from `vocab` on are padding and take no part.
         labels: `[T]` int64, `IGNORED_LABEL` where no loss is taken.
+        scale: `[]`.
         vocab: tokens that exist.
+        ops: the passes over logits.
 
     """
-    real = at_least_float32(logits[:, :vocab])
-    return F.cross_entropy(real, labels, ignore_index=IGNORED_LABEL, reduction="none")
+    return linear_cross_entropy(
+        x, weight, labels, scale, vocab=vocab, chunk_rows=LOSS_CHUNK, ops=ops
+    )
 
 
 @dataclass(frozen=True)
@@ -66,5 +72,6 @@ class Seams:
     """`(q [T, Hq, K], k, v [S, Hkv, K], plan)` -> `[T, Hq, K]`."""
     embed: Callable[[Tensor, Tensor], Tensor] = F.embedding
     """`(tokens [T], weight [V/t, d])` -> `[T/t, d]`."""
-    cross_entropy: Callable[[Tensor, Tensor, int], Tensor] = cross_entropy
-    """`(logits [T, V/t], labels [T], vocab)` -> per-token loss `[T]`, the same on all t ranks."""
+    loss: Callable[[Tensor, Tensor, Tensor, Tensor, int, LossOps], Tensor] = loss
+    """`(x [T/t, d], weight [V/t, d], labels [T], scale [], vocab, ops)` -> the loss `[]`, the same
+    on all t ranks."""

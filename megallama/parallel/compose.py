@@ -7,6 +7,7 @@ import torch
 
 from megallama.config.schema import Config, frees_weights
 from megallama.mesh import ProcessGroupManager
+from megallama.model.kernels import choose_kernels
 from megallama.model.llama import Llama, Part
 from megallama.model.seams import Seams
 from megallama.parallel.context.compose import context_seams
@@ -35,13 +36,14 @@ def build_stages(config: Config, groups: ProcessGroupManager, device: torch.devi
         | (overlap_seams(groups.tensor.group) if split and layout.tensor_overlap else {})
         | context_seams(groups, layout.context_method)
     )
+    kernels = choose_kernels(config.kernels, device.type)
     ranges = layers_of_stages(config)
     parts = [
         Part(ranges[s], first=s == 0, last=s == len(ranges) - 1)
         for s in range(groups.pipeline.rank, len(ranges), groups.pipeline.size)
     ]
     with torch.device("meta"):
-        module = Llama(model, seams, parts).to(MASTER_DTYPE[precision])
+        module = Llama(model, seams, parts, kernels).to(MASTER_DTYPE[precision])
     if split:
         shard_over_tensor(module, groups, model.kv_heads)
     for block in module.layers.values():

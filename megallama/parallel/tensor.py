@@ -7,22 +7,22 @@ Gathered tokens are never saved: backward gathers them again, since they would d
 of activations.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megallama_kernels.linear_cross_entropy import LossOps, loss_and_gradients, scaled
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
+from megallama.config.schema import LOSS_CHUNK
 from megallama.mesh import Axis, ProcessGroupManager
 from megallama.model.attention import AttentionPlan
-from megallama.model.precision import at_least_float32
-from megallama.model.seams import IGNORED_LABEL
 from megallama.parallel.collectives import (
     all_gather,
-    all_reduce,
     finish,
     reduce_scatter,
     start_all_gather,
@@ -71,46 +71,25 @@ class _ReduceScatterTokens(torch.autograd.Function):
         return all_gather(grad, ctx.group), None
 
 
-class _VocabParallelCrossEntropy(torch.autograd.Function):
-    """Cross-entropy over logits whose columns lie on t ranks; the logits are never gathered.
-
-    One MAX, then one packed SUM of (sum of exponentials, target logit), both `[T]`-sized.
-    What is saved is the logits as they came and the log-sum-exp.
+class _GatherAndReturn(torch.autograd.Function):
+    """Forward: all-gather `x [T/t, d]`, find the loss and its gradients, reduce-scatter that of x.
+    Backward only scales them.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, labels: Tensor, columns: range, vocab: int, group: ProcessGroup
+        ctx: Any, x: Tensor, weight: Tensor, find: Callable[..., Any], group: ProcessGroup
     ) -> Tensor:
-        wide = _without_padding(logits, columns, vocab)
-        largest = all_reduce(wide.amax(-1), "max", group)
-        mine, column = _local_labels(labels, columns)
-        exponentials = (wide - largest[:, None]).exp().sum(-1)
-        target = torch.where(mine, wide.gather(1, column[:, None])[:, 0] - largest, 0.0)
-        total, target = all_reduce(torch.stack([exponentials, target]), "sum", group)
-        log_total = total.log()
-        counted = labels != IGNORED_LABEL
-        ctx.save_for_backward(logits, labels, largest + log_total)
-        ctx.columns, ctx.vocab = columns, vocab
-        return torch.where(counted, log_total - target, 0.0)
+        found = find(all_gather(x, group), weight, gradients=True)
+        ctx.save_for_backward(reduce_scatter(found.dx, group), found.dweight)
+        ctx.dtype = weight.dtype
+        return found.loss
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        logits, labels, log_sum_exp = ctx.saved_tensors
-        wide = _without_padding(logits, ctx.columns, ctx.vocab)
-        grad_logits = (wide - log_sum_exp[:, None]).exp()
-        mine, column = _local_labels(labels, ctx.columns)
-        grad_logits.scatter_add_(1, column[:, None], -mine.to(wide.dtype)[:, None])
-        grad_logits *= torch.where(labels != IGNORED_LABEL, grad, 0.0)[:, None]
-        return grad_logits.to(logits.dtype), None, None, None, None
-
-
-def _without_padding(logits: Tensor, columns: range, vocab: int) -> Tensor:
-    wide = at_least_float32(logits)
-    if columns.stop <= vocab:
-        return wide
-    padding = torch.arange(columns.start, columns.stop, device=logits.device) >= vocab
-    return wide.masked_fill(padding, float("-inf"))
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        dx, dweight = ctx.saved_tensors
+        of_weight = scaled(dweight, grads[0], ctx.dtype)
+        return scaled(dx, grads[0], dx.dtype), of_weight, None, None
 
 
 def _local_labels(labels: Tensor, columns: range) -> tuple[Tensor, Tensor]:
@@ -143,10 +122,33 @@ def embed(axis: Axis, tokens: Tensor, weight: Tensor) -> Tensor:
     return _ReduceScatterTokens.apply(F.embedding(row, weight) * mine[:, None], axis.group)
 
 
-def cross_entropy(axis: Axis, logits: Tensor, labels: Tensor, vocab: int) -> Tensor:
-    """`Seams.cross_entropy` with the vocabulary's columns over tensor ranks."""
-    columns = range(axis.rank * logits.shape[1], (axis.rank + 1) * logits.shape[1])
-    return _VocabParallelCrossEntropy.apply(logits, labels, columns, vocab, axis.group)
+def loss(
+    axis: Axis,
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    scale: Tensor,
+    vocab: int,
+    ops: LossOps,
+) -> Tensor:
+    """`Seams.loss` with the vocabulary's rows over tensor ranks.
+
+    The logits are never gathered: for each chunk of tokens ranks exchange the largest logit, the
+    sum of exponentials and the target's logit in one all-gather of `[3, T]`.
+    """
+    find = partial(
+        loss_and_gradients,
+        labels=labels,
+        scale=scale,
+        vocab=vocab,
+        first=_columns(axis, weight).start,
+        exchange=lambda statistics: all_gather(statistics[None], axis.group),
+        ops=ops,
+        chunk_rows=LOSS_CHUNK,
+    )
+    if not torch.is_grad_enabled():
+        return find(all_gather(x, axis.group), weight, gradients=False).loss
+    return _GatherAndReturn.apply(x, weight, find, axis.group)
 
 
 def _columns(axis: Axis, weight: Tensor) -> range:
@@ -186,7 +188,7 @@ def tensor_seams(axis: Axis, kv_heads: int) -> dict[str, object]:
         "enter_attention": partial(enter_attention, axis.group),
         "leave": partial(leave, axis.group),
         "embed": partial(embed, axis),
-        "cross_entropy": partial(cross_entropy, axis),
+        "loss": partial(loss, axis),
     }
 
 

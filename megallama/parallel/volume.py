@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from math import ceil, prod
 
-from megallama.config.schema import Config, frees_weights, vocab_rows
+from megallama.config.schema import LOSS_CHUNK, Config, frees_weights, vocab_rows
 from megallama.parallel.pipeline.stages import layers_of_stages, micro_batches_of_step
 from megallama.parallel.placements import placement
 
@@ -136,18 +136,22 @@ def _terms(sizes: _Sizes) -> Iterator[_Term]:
 
 def _tensor(sizes: _Sizes) -> Iterator[_Term]:
     """Enter: gather, and in backward gather and reduce-scatter. Leave: reduce-scatter, and in
-    backward gather. Attention and feed-forward each; the head enters, the embedding leaves.
+    backward gather. Attention and feed-forward each; the embedding leaves. The head gathers once:
+    its gradients are taken in forward.
     """
     T, M, L = sizes.tokens, sizes.micro_batches, sizes.layers
-    enters = M * (2 * L + sizes.last)
+    enters = M * 2 * L
     leaves = M * (2 * L + sizes.first)
     again = M * L if sizes.recomputed else 0
+    heads = M * sizes.last
     # Recomputation stops before a block's last product: nothing after it was saved.
-    yield "tensor", "all-gather", 2 * enters + leaves + 2 * again, sizes.stream
-    yield "tensor", "reduce-scatter", enters + leaves + again, sizes.stream
-    if sizes.last:  # cross-entropy: the largest logit, then the sum of exponentials and the target
-        yield "tensor", "all-reduce", M, T * sizes.master
-        yield "tensor", "all-reduce", M, 2 * T * sizes.master
+    yield "tensor", "all-gather", 2 * enters + leaves + 2 * again + heads, sizes.stream
+    yield "tensor", "reduce-scatter", enters + leaves + again + heads, sizes.stream
+    # Of each chunk of tokens three numbers from every rank: largest logit, sum, target.
+    of_token = 3 * sizes.config.layout.tensor * sizes.master
+    yield "tensor", "all-gather", heads * (T // LOSS_CHUNK), LOSS_CHUNK * of_token
+    if T % LOSS_CHUNK:
+        yield "tensor", "all-gather", heads, T % LOSS_CHUNK * of_token
     # Gradients that several micro-batches add up to are in the reduction's dtype already.
     gradient = sizes.master if sizes.reductions < M else sizes.compute
     for name, shape in _parameters(sizes):

@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -34,6 +35,7 @@ def prepare_run(config: Config, world_size: int) -> Prepared:
     problems = [
         *_device_problems(),
         *_overlap_problems(config),
+        *_kernel_problems(config),
         *_folder_problems(Path(config.run)),
         *_wandb_problems(config.metrics.wandb),
     ]
@@ -73,6 +75,27 @@ def _overlap_problems(config: Config) -> list[Problem]:
         return []
     what = f"true needs GPUs that see each other's memory, and {why}"
     return [Problem("layout.tensor_overlap", f"{what}: leave it out, or set it to false")]
+
+
+def _kernel_problems(config: Config) -> list[Problem]:
+    """Kernels that were asked for and cannot run here."""
+    problems = []
+    on_gpu, installed = torch.cuda.is_available(), find_spec("triton") is not None
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1" and installed
+    for operation, asked in config.kernels:
+        if asked == "triton" and not (on_gpu or interpreted):
+            problem = "triton needs a GPU, and this machine has none: leave it out, or take torch"
+        elif asked == "triton" and not installed:
+            problem = "triton is not installed: pip install triton"
+        elif asked == "apex" and find_spec("apex") is None:
+            problem = (
+                "apex is not installed: build it from NVIDIA's source (github.com/NVIDIA/apex; "
+                "the package of that name on PyPI is another), or leave it out"
+            )
+        else:
+            continue
+        problems.append(Problem(f"kernels.{operation}", problem))
+    return problems
 
 
 def _folder_problems(run: Path) -> list[Problem]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megallama.config.schema import Config
@@ -14,6 +15,7 @@ from megallama.data.batch import Batch, pack
 from megallama.model.attention import plan_attention
 from megallama.model.init import initialize
 from megallama.model.llama import Llama
+from megallama.model.precision import at_least_float32
 from megallama.model.seams import IGNORED_LABEL
 from megallama.train.lr import learning_rate
 from megallama.verify.samples import global_samples, random_samples
@@ -70,7 +72,7 @@ def _accumulate(
     total = 0.0
     for piece in pieces:
         compute.zero_grad()
-        loss = _token_losses(compute, piece, config).sum() / valid
+        loss = _loss_sum(compute, piece, config) / valid
         loss.backward()
         total += loss.item()
         for ours, theirs in zip(master.parameters(), compute.parameters(), strict=True):
@@ -80,10 +82,12 @@ def _accumulate(
     return total
 
 
-def _token_losses(model: Llama, batch: Batch, config: Config) -> Tensor:
+def _loss_sum(model: Llama, batch: Batch, config: Config) -> Tensor:
+    """By torch's cross-entropy over whole logits, which no layout uses."""
     dtype = COMPUTE[config.train.precision]
     plan = plan_attention(config.model, batch.position_ids, batch.cu_seqlens, dtype=dtype)
-    return model(batch.tokens, plan, batch.labels)
+    logits = at_least_float32(model(batch.tokens, plan))
+    return F.cross_entropy(logits, batch.labels, ignore_index=IGNORED_LABEL, reduction="sum")
 
 
 def _adamw(model: nn.Module, config: Config) -> torch.optim.AdamW:

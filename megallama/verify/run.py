@@ -1,6 +1,7 @@
 """Runs both sides of a verification and compares them."""
 
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch
 from megallama_launch.local import run_local
 
 from megallama.config.errors import UserError
-from megallama.config.schema import Config
+from megallama.config.schema import Config, KernelsConfig
 from megallama.mesh import AXES
 from megallama.verify.compare import Report, compare
 from megallama.verify.shrink import shrink, world_size
@@ -31,6 +32,7 @@ def verify(
     dtype: str,
     steps: int,
     max_processes: int,
+    kernels: str = "torch",
     layout_target: str = LAYOUT_TARGET,
 ) -> Report:
     """Train a shrunk twin of the config on its layout and in one process; compare.
@@ -40,6 +42,7 @@ def verify(
         dtype: `float64`, `float32` or `bf16`.
         steps: optimizer steps.
         max_processes: the layout is shrunk to at most so many.
+        kernels: what the layout computes with: `torch`, or the Triton kernels in the `interpreter`.
         layout_target: "module:function" that each rank runs; tests plant faults there.
 
     Raises:
@@ -51,6 +54,7 @@ def verify(
         raise UserError.one("--steps", f"{steps}: give at least 1")
     if max_processes < 1:
         raise UserError.one("--processes", f"{max_processes}: give at least 1")
+    config = config.model_copy(update={"kernels": _kernels(kernels, dtype)})
     twin, exact_twin = (
         shrink(config, dtype=d, steps=steps, max_processes=max_processes)
         for d in (dtype, "float64")
@@ -74,6 +78,20 @@ def verify(
         processes=processes,
         **compare(ranks, references, exact, dtype),
     )
+
+
+def _kernels(asked: str, dtype: str) -> KernelsConfig:
+    if asked == "torch":
+        return _all_kernels("torch")
+    if dtype == "float64":
+        raise UserError.one("--kernels", "interpreter computes in float32: add --dtype float32")
+    if find_spec("triton") is None:
+        raise UserError.one("--kernels", "interpreter needs Triton: pip install triton")
+    return _all_kernels("triton")
+
+
+def _all_kernels(name: str) -> KernelsConfig:
+    return KernelsConfig.model_validate(dict.fromkeys(KernelsConfig.model_fields, name))
 
 
 def micro_batch_counts(config: Config, dtype: str) -> list[int]:

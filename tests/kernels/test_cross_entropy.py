@@ -10,6 +10,7 @@ from megallama_kernels.linear_cross_entropy import (
     linear_cross_entropy,
     loss_and_gradients,
 )
+from torch.utils.flop_counter import FlopCounterMode
 
 from tests.kernels.checks import DTYPES, assert_near, random
 
@@ -91,6 +92,7 @@ def test_columns_on_several_ranks(ranks, columns, padding, data):
             torch.tensor(SCALE),
             vocab=vocab,
             first=first,
+            chunk_rows=5,
             exchange=lambda _mine: gathered,
         )
         for first, part in zip(firsts, parts, strict=True)
@@ -106,7 +108,7 @@ def test_a_gradient_from_above_and_bf16_weights():
     x = random(7, 8, dtype=torch.bfloat16).requires_grad_()
     weight = random(20, 8, dtype=torch.bfloat16, seed=1).requires_grad_()
     labels = torch.tensor([3, 19, IGNORED, 0, 0, 7, 18])
-    loss = linear_cross_entropy(x, weight, labels, torch.tensor(SCALE), 20)
+    loss = linear_cross_entropy(x, weight, labels, torch.tensor(SCALE), vocab=20, chunk_rows=3)
     assert loss.dtype == torch.float32
     found = torch.autograd.grad(3 * loss, (x, weight))
     assert [g.dtype for g in found] == [torch.bfloat16] * 2
@@ -118,7 +120,7 @@ def test_large_logits_do_not_overflow():
     weight = torch.eye(4) * 1000
     labels = torch.tensor([0, 1])
     x = torch.tensor([[1.0, 0, 0, 0], [1.0, 0, 0, 0]], requires_grad=True)
-    loss = linear_cross_entropy(x, weight, labels, torch.tensor(1.0), 4)
+    loss = linear_cross_entropy(x, weight, labels, torch.tensor(1.0), vocab=4, chunk_rows=2)
     assert loss.item() == 1000.0
     (dx,) = torch.autograd.grad(loss, x)
     assert dx.tolist() == [[0.0] * 4, [1000.0, -1000.0, 0.0, 0.0]]
@@ -130,19 +132,25 @@ def test_float64_passes_gradcheck(ops):
     labels = torch.tensor([3, 6, IGNORED, 0, 0])
     scale = torch.tensor(SCALE, dtype=torch.float64)
     torch.autograd.gradcheck(
-        lambda x, w: linear_cross_entropy(x, w, labels, scale, 7, ops), (x, weight)
+        lambda x, w: linear_cross_entropy(x, w, labels, scale, vocab=7, chunk_rows=2, ops=ops),
+        (x, weight),
     )
 
 
 def test_without_gradients_none_are_made():
     x, weight = random(5, 4), random(9, 4, seed=1)
     labels = torch.tensor([3, 6, IGNORED, 0, 0])
-    found = loss_and_gradients(
-        x, weight, labels, torch.ones((), dtype=torch.float64), vocab=9, gradients=False
-    )
+    one = torch.ones((), dtype=torch.float64)
+    found = loss_and_gradients(x, weight, labels, one, vocab=9, gradients=False, chunk_rows=2)
     assert found.dx is None
     assert found.dweight is None
-    assert linear_cross_entropy(x, weight, labels, torch.ones(()), 9).grad_fn is None
+    weight.requires_grad_()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        linear_cross_entropy(x, weight, labels, one, vocab=9, chunk_rows=2)
+    assert counter.get_total_flops() == 2 * 5 * 4 * 9
+    with FlopCounterMode(display=False) as counter:
+        linear_cross_entropy(x, weight, labels, one, vocab=9, chunk_rows=2).backward()
+    assert counter.get_total_flops() == 6 * 5 * 4 * 9
 
 
 def test_ops_are_registered_as_torch_wants():

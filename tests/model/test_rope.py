@@ -1,6 +1,7 @@
 """Rotary frequencies, tables and rotation against 40-digit arithmetic and transformers."""
 
 import math
+from functools import cache
 from typing import Any
 
 import mpmath
@@ -10,15 +11,26 @@ import torch
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from megallama_kernels.rope import reference as rotate
 
 from megallama.config import shipped
 from megallama.config.schema import ModelConfig, RopeScaling
-from megallama.model.rope import inverse_frequencies, rotary_table, rotate
+from megallama.model.rope import inverse_frequencies, rotary_table
 from tests.model.small import small_config
 
 FAR = 131_071
 SCALINGS = {"llama-3.1": RopeScaling(factor=8.0), "llama-3.2": RopeScaling(factor=32.0)}
 scalings = pytest.mark.parametrize("scaling", [None, *SCALINGS.values()], ids=["none", *SCALINGS])
+
+
+@cache
+def table_to(config, last, dtype):
+    """For positions up to `last`."""
+    return rotary_table(config, last + 1, dtype, torch.device("cpu"))
+
+
+def table_at(config, positions, dtype):
+    return tuple(table[positions] for table in table_to(config, max(positions), dtype))
 
 
 def preset(name: str) -> ModelConfig:
@@ -99,26 +111,26 @@ def test_inverse_frequencies_of_presets_equal_hugging_face(name: str):
 def test_tables_are_right_at_far_positions(scaling: RopeScaling | None):
     config = small_config(head_dim=128, rope_scaling=scaling)
     positions = [0, 1, 511, 8191, 65_537, FAR]
-    cos, sin = rotary_table(config, torch.tensor(positions), torch.float64)
-    assert cos.shape == sin.shape == (len(positions), 1, 64)
+    cos, sin = table_at(config, positions, torch.float64)
+    assert cos.shape == sin.shape == (len(positions), 64)
     with mpmath.workdps(40):
         angles = [[p * f for f in exact_frequencies(config)] for p in positions]
         expected_cos = np.array([[float(mpmath.cos(a)) for a in row] for row in angles])
         expected_sin = np.array([[float(mpmath.sin(a)) for a in row] for row in angles])
     # a frequency in float64 is off by up to 1e-16 of itself: 131,071 times that is the bar
-    np.testing.assert_allclose(cos[:, 0].numpy(), expected_cos, rtol=0, atol=5e-11)
-    np.testing.assert_allclose(sin[:, 0].numpy(), expected_sin, rtol=0, atol=5e-11)
-    narrow = rotary_table(config, torch.tensor(positions), torch.float32)
+    np.testing.assert_allclose(cos.numpy(), expected_cos, rtol=0, atol=5e-11)
+    np.testing.assert_allclose(sin.numpy(), expected_sin, rtol=0, atol=5e-11)
+    narrow = table_at(config, positions, torch.float32)
     assert narrow[0].dtype == narrow[1].dtype == torch.float32
-    np.testing.assert_allclose(narrow[0][:, 0].numpy(), expected_cos, rtol=0, atol=6e-8)
-    np.testing.assert_allclose(narrow[1][:, 0].numpy(), expected_sin, rtol=0, atol=6e-8)
+    np.testing.assert_allclose(narrow[0].numpy(), expected_cos, rtol=0, atol=6e-8)
+    np.testing.assert_allclose(narrow[1].numpy(), expected_sin, rtol=0, atol=6e-8)
 
 
 def test_rotation_turns_feature_i_with_feature_i_plus_half():
     config = small_config(head_dim=8, rope_scaling=SCALINGS["llama-3.1"])
     x = torch.randn(5, 3, 8, dtype=torch.float64)
-    positions = torch.tensor([0, 1, 7, 4000, FAR])
-    turned = rotate(x, *rotary_table(config, positions, torch.float64))
+    positions = torch.tensor([0, 1, 7, 4000, FAR], dtype=torch.int32)
+    turned = rotate(x, *table_to(config, FAR, torch.float64), positions)
     frequencies = inverse_frequencies(config)
     for t in range(5):
         for head in range(3):
@@ -135,10 +147,11 @@ def test_scores_depend_on_distance_alone(first: int, second: int, shift: int):
     config = small_config(head_dim=16, rope_scaling=SCALINGS["llama-3.2"])
     q, k = torch.randn(2, 1, 1, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
 
+    tables = table_to(config, 120_000, torch.float64)
+
     def score(i: int, j: int) -> float:
-        at_i = rotary_table(config, torch.tensor([i]), torch.float64)
-        at_j = rotary_table(config, torch.tensor([j]), torch.float64)
-        return (rotate(q, *at_i) * rotate(k, *at_j)).sum().item()
+        at_i, at_j = (torch.tensor([place], dtype=torch.int32) for place in (i, j))
+        return (rotate(q, *tables, at_i) * rotate(k, *tables, at_j)).sum().item()
 
     assert score(first, second) == pytest.approx(score(first + shift, second + shift), abs=1e-8)
 
@@ -146,7 +159,7 @@ def test_scores_depend_on_distance_alone(first: int, second: int, shift: int):
 def test_bfloat16_is_rotated_in_the_tables_precision():
     config = small_config(head_dim=8)
     x = torch.randn(4, 2, 8, dtype=torch.bfloat16)
-    cos, sin = rotary_table(config, torch.arange(4) * 1000, torch.float32)
-    turned = rotate(x, cos, sin)
+    tables = *table_to(config, 3000, torch.float32), torch.arange(4, dtype=torch.int32) * 1000
+    turned = rotate(x, *tables)
     assert turned.dtype == torch.bfloat16
-    assert torch.equal(turned, rotate(x.float(), cos, sin).bfloat16())
+    assert torch.equal(turned, rotate(x.float(), *tables).bfloat16())

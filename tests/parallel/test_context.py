@@ -58,9 +58,9 @@ every_method = pytest.mark.parametrize("method", BALANCES)
 
 @dataclass(frozen=True)
 class Seen:
-    """Of one process, or this rank's losses and everyone's gradients."""
+    """Of one process, or this rank's share of the loss and everyone's gradients."""
 
-    losses: Tensor
+    loss: Tensor
     gradients: dict[str, Tensor]
 
 
@@ -72,28 +72,31 @@ class Case:
     lengths: list[int]
     tokens: Tensor
     labels: Tensor
-    upstream: Tensor
+    scale: Tensor
 
     def in_one_process(self, dtype: torch.dtype) -> Seen:
         model = small_model(self.config, torch.float64).to(dtype)
-        losses = model(self.tokens, plan_of(self.config, self.lengths, dtype), self.labels)
-        losses.backward(self.upstream.to(losses))
-        return Seen(losses, {n: at_least_float32(p.grad) for n, p in model.named_parameters()})
+        plan = plan_of(self.config, self.lengths, dtype)
+        loss = model(self.tokens, plan, self.labels, self.scale)
+        loss.backward()
+        return Seen(
+            loss.detach(), {n: at_least_float32(p.grad) for n, p in model.named_parameters()}
+        )
 
     def over_ranks(
         self, layout: LayoutConfig, groups: ProcessGroupManager, dtype: torch.dtype
-    ) -> tuple[Tensor, Seen]:
-        """The tokens this rank computes, and what it sees."""
+    ) -> Seen:
+        """What this rank sees of the tokens it computes."""
         model = self._model_over(groups, layout.context_method).to(dtype)
         positions, borders = positions_of(self.lengths), borders_of(self.lengths)
         stream = Stream(self.config, positions, borders, dtype)
         held, plan = plan_for_rank(stream, layout, groups.context)
         assert held is not None
         assert len(held) == T // groups.context.size
-        losses = model(self.tokens[held], plan, self.labels[held])
-        losses.backward(self.upstream[held].to(losses))
+        loss = model(self.tokens[held], plan, self.labels[held], self.scale)
+        loss.backward()
         gradients = {n: _whole_gradient(p, groups) for n, p in model.named_parameters()}
-        return held, Seen(losses, gradients)
+        return Seen(loss.detach(), gradients)
 
     def _model_over(self, groups: ProcessGroupManager, method: str) -> Llama:
         """With the seams, and the weights of the model in one process."""
@@ -116,6 +119,12 @@ class Case:
         return model
 
 
+def _whole_loss(seen: Seen, groups: ProcessGroupManager) -> Tensor:
+    loss = seen.loss.clone()
+    dist.all_reduce(loss, group=groups.context.group)
+    return loss
+
+
 def _whole_gradient(parameter: Tensor, groups: ProcessGroupManager) -> Tensor:
     """Summed over context ranks, as FSDP does it, and put together from tensor ranks."""
     gradient = parameter.grad
@@ -132,7 +141,7 @@ def case(lengths: list[int], **changes: Any) -> Case:
     config = small_config(**({"heads": 8, "kv_heads": 4} | changes))
     tokens, labels = torch.randint(config.vocab, (2, T))
     labels[5:8] = IGNORED_LABEL
-    return Case(config, lengths, tokens, labels, torch.rand(T, dtype=torch.float64))
+    return Case(config, lengths, tokens, labels, torch.tensor(0.1))
 
 
 def off(found: Tensor, wanted: Tensor) -> float:
@@ -143,9 +152,9 @@ def off(found: Tensor, wanted: Tensor) -> float:
 def check_exact(
     this: Case, layout: LayoutConfig, groups: ProcessGroupManager, wanted: Seen
 ) -> None:
-    held, found = this.over_ranks(layout, groups, torch.float64)
+    found = this.over_ranks(layout, groups, torch.float64)
     what = f"{layout.context_balance}, {this.config.kv_heads} kv_heads, {this.lengths}"
-    close(found.losses, wanted.losses[held], msg=lambda text: f"{what}: {text}")
+    close(_whole_loss(found, groups), wanted.loss, msg=lambda text: f"{what}: {text}")
     for name, gradient in found.gradients.items():
         error = off(gradient, wanted.gradients[name])
         assert error < 1e-11, f"{what}: {name} is off by {error:.1e}"
@@ -156,10 +165,10 @@ def check_rounding(
 ) -> None:
     """Nearly as close to float64 as one process in that dtype."""
     exact, alone = this.in_one_process(torch.float64), this.in_one_process(dtype)
-    held, found = this.over_ranks(layout, groups, dtype)
+    found = this.over_ranks(layout, groups, dtype)
     least = torch.finfo(dtype).eps
-    drift = max(least, off(alone.losses[held], exact.losses[held]))
-    assert off(found.losses, exact.losses[held]) < 3 * drift
+    drift = max(least, off(alone.loss, exact.loss))
+    assert off(_whole_loss(found, groups), exact.loss) < 3 * drift
     for name, gradient in found.gradients.items():
         drift = max(least, off(alone.gradients[name], exact.gradients[name]))
         assert off(gradient, exact.gradients[name]) < 3 * drift, name
@@ -284,10 +293,10 @@ def test_attend_for_some_queries_is_rows_of_the_whole(data: st.DataObject, lengt
     config, borders, positions = small_config(), borders_of(lengths), positions_of(lengths)
     plan = plan_attention(config, positions, borders, dtype=torch.float64, queries=queries)
     whole = plan_attention(config, positions, borders, dtype=torch.float64)
-    assert torch.equal(plan.cos, whole.cos[at_hand])
-    assert torch.equal(plan.sin, whole.sin[at_hand])
-    assert torch.equal(plan.key_cos, whole.key_cos)
-    assert torch.equal(plan.key_sin, whole.key_sin)
+    assert torch.equal(plan.positions, whole.positions[at_hand])
+    assert torch.equal(plan.key_positions, whole.key_positions)
+    assert torch.equal(plan.cos, whole.cos)
+    assert torch.equal(plan.sin, whole.sin)
     q, k, v = random_qkv(sum(lengths), 4, 2)
     found = attend(q[at_hand], k, v, plan)
     wanted = reference_attention(q, k, v, borders)[at_hand]

@@ -7,14 +7,15 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
+from megallama_kernels.linear_cross_entropy import PLAIN
 from torch import Tensor
 
 from megallama.config.schema import LayoutConfig, ModelConfig
 from megallama.mesh import Axis, build_process_groups
-from megallama.model import seams as single
 from megallama.model.init import initialize
 from megallama.model.llama import Llama
-from megallama.model.seams import IGNORED_LABEL, Seams
+from megallama.model.seams import IGNORED_LABEL, Seams, project
 from megallama.parallel import tensor
 from megallama.parallel.materialize import materialize
 from megallama.parallel.overlap import overlap_seams
@@ -44,7 +45,7 @@ def draw(*shape: int) -> Tensor:
 def check_enter() -> None:
     group = dist.group.WORLD
     x, first, second = draw(T, D), draw(8, D), draw(24, D)
-    expected = single.project(x, first, second)
+    expected = project(x, first, second)
     upstream = [torch.randn_like(out) for out in expected]
     torch.autograd.backward(expected, upstream)
 
@@ -62,7 +63,7 @@ def check_enter() -> None:
 def check_enter_with_an_unused_projection() -> None:
     """Backward then gets no gradient for it."""
     x, used, unused = draw(T, D), draw(8, D), draw(8, D)
-    single.project(x, used)[0].square().sum().backward()
+    project(x, used)[0].square().sum().backward()
     local_x, local_used = mine(x), mine(used)
     out, _ = tensor.enter(dist.group.WORLD, local_x, local_used, mine(unused))
     out.square().sum().backward()
@@ -99,27 +100,29 @@ def check_embed() -> None:
     close(local_weight.grad, mine(weight.grad).detach())
 
 
-def check_cross_entropy(vocab: int, columns: int, ignored: str, scale: float) -> None:
-    logits = (scale * draw(T, columns)).detach().requires_grad_()
+def check_loss(vocab: int, rows: int, ignored: str, size: float = 1.0) -> None:
+    x, weight = draw(T, D), (size * draw(rows, D)).detach().requires_grad_()
     labels = torch.randint(vocab, (T,))
     labels[:2] = torch.tensor([0, vocab - 1])
     if ignored != "none":
         labels[slice(None) if ignored == "all" else slice(3, 9)] = IGNORED_LABEL
-    expected = single.cross_entropy(logits, labels, vocab)
-    upstream = torch.rand_like(expected)
-    expected.backward(upstream)
+    scale = torch.tensor(0.1, dtype=torch.float64)
+    logits = (x @ weight.t())[:, :vocab]
+    expected = scale * F.cross_entropy(logits, labels, reduction="sum")
+    (3 * expected).backward()
 
-    local_logits = mine(logits, 1)
-    before = local_logits.detach().clone()
-    losses = tensor.cross_entropy(axis(), local_logits, labels, vocab)
-    assert losses.dtype == torch.float64
-    close(losses, expected)
-    losses.backward(upstream)
-    close(local_logits.grad, mine(logits.grad, 1).detach())
-    assert torch.equal(local_logits, before), "the logits were changed"
-    gathered = [torch.empty_like(losses) for _ in range(dist.get_world_size())]
-    dist.all_gather(gathered, losses.detach())
-    assert all(torch.equal(other, losses) for other in gathered), "ranks disagree on the loss"
+    local_x, local_weight = mine(x), mine(weight)
+    loss = tensor.loss(axis(), local_x, local_weight, labels, scale, vocab, PLAIN)
+    assert loss.dtype == torch.float64
+    close(loss, expected)
+    (3 * loss).backward()
+    close(local_x.grad, mine(x.grad).detach(), atol=size * 1e-12)
+    close(local_weight.grad, mine(weight.grad).detach())
+    gathered = [torch.empty_like(loss) for _ in range(dist.get_world_size())]
+    dist.all_gather(gathered, loss.detach())
+    assert all(torch.equal(other, loss) for other in gathered), "ranks disagree on the loss"
+    with torch.no_grad():
+        close(tensor.loss(axis(), local_x, local_weight, labels, scale, vocab, PLAIN), expected)
 
 
 def check_gathered_tokens_are_not_saved() -> None:
@@ -139,16 +142,9 @@ def check_gathered_tokens_are_not_saved() -> None:
         weight.untyped_storage().data_ptr(),
     }, "what is saved must be the arguments themselves"
 
-    saved.clear()
-    logits = mine(draw(T, 128), 1)
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor_: tensor_):
-        tensor.cross_entropy(axis(), logits, torch.zeros(T, dtype=torch.int64), 100)
-    wide = [s for s in saved if s.numel() > T]
-    assert [s.data_ptr() for s in wide] == [logits.data_ptr()], "a copy of the logits is kept"
-
 
 def check_model(changes: dict[str, Any], *, overlap: bool = False) -> None:
-    """`local`, and all seams together: losses and every gradient."""
+    """`local`, and all seams together: the loss and every gradient."""
     config = small_config(**({"heads": 8, "kv_heads": 4} | changes))
     lengths, size = [T // 2, T // 4, T // 4], dist.get_world_size()
     tokens, labels = torch.randint(config.vocab, (2, T))
@@ -157,9 +153,9 @@ def check_model(changes: dict[str, Any], *, overlap: bool = False) -> None:
 
     expected = Llama(config).double()
     initialize(expected, config, 5)
-    wanted = expected(tokens, plan, labels)
-    upstream = torch.rand_like(wanted)
-    wanted.backward(upstream)
+    scale = torch.tensor(0.1)
+    wanted = expected(tokens, plan, labels, scale)
+    wanted.backward()
 
     model = tensor_parallel(config, seed=5, overlap=overlap)
     for name, parameter in model.named_parameters():
@@ -167,9 +163,9 @@ def check_model(changes: dict[str, Any], *, overlap: bool = False) -> None:
         whole = dict(expected.named_parameters())[name]
         held = whole if dim is None else whole.chunk(size, dim)[dist.get_rank()]
         assert torch.equal(parameter.to_local(), held), name
-    losses = model(tokens, plan, labels)
-    close(losses, wanted)
-    losses.backward(upstream)
+    loss = model(tokens, plan, labels, scale)
+    close(loss, wanted)
+    loss.backward()
     for (name, parameter), whole in zip(
         model.named_parameters(), expected.parameters(), strict=True
     ):
@@ -208,7 +204,7 @@ def test_seams_over_four_ranks():
 
 
 vocabularies = pytest.mark.parametrize(
-    ("vocab", "columns"),
+    ("vocab", "rows"),
     [
         pytest.param(32, 32, id="no-padding"),
         pytest.param(27, 32, id="padding"),
@@ -220,17 +216,17 @@ vocabularies = pytest.mark.parametrize(
 
 @vocabularies
 @ranks(2)
-def test_cross_entropy_over_two_ranks(vocab: int, columns: int):
+def test_loss_over_two_ranks(vocab: int, rows: int):
     for ignored in ("none", "some", "all"):
-        check_cross_entropy(vocab, columns, ignored, scale=1.0)
+        check_loss(vocab, rows, ignored)
 
 
 @vocabularies
 @ranks(4)
-def test_cross_entropy_over_four_ranks(vocab: int, columns: int):
+def test_loss_over_four_ranks(vocab: int, rows: int):
     for ignored in ("none", "some", "all"):
-        check_cross_entropy(vocab, columns, ignored, scale=1.0)
-    check_cross_entropy(vocab, columns, "some", scale=300.0)  # exponentials would overflow
+        check_loss(vocab, rows, ignored)
+    check_loss(vocab, rows, "some", size=300.0)  # exponentials would overflow
 
 
 models_over_two = pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -57,14 +58,15 @@ def _gather_plan(stream: Stream, spans: Sequence[Spans], rank: int) -> Attention
 
 def _ring_plan(stream: Stream, spans: Sequence[Spans], rank: int) -> AttentionPlan:
     device = stream.position_ids.device
-    positions = stream.position_ids[stream_index(spans[rank], device)]
-    cos, sin = rotary_table(stream.model, positions, table_dtype(stream.dtype))
+    longest = max(stop - start for start, stop in pairwise(stream.cu_seqlens))
+    cos, sin = rotary_table(stream.model, longest, table_dtype(stream.dtype), device)
+    positions = stream.position_ids[stream_index(spans[rank], device)].int()
     blocks = [spans[rank - n] for n in range(len(spans))]
     return RingPlan(
         cos=cos,
         sin=sin,
-        key_cos=cos,
-        key_sin=sin,
+        positions=positions,
+        key_positions=positions,
         dense_rows=None,
         segments=(),
         block_mask=None,
@@ -76,8 +78,8 @@ def _ulysses_plan(stream: Stream, spans: Sequence[Spans], rank: int) -> Attentio
     """Heads are exchanged after rotation: each rank rotates its own tokens."""
     plan = stream.plan()
     held = stream_index(spans[rank], stream.position_ids.device)
-    cos, sin = plan.cos[held], plan.sin[held]
-    return replace(plan, cos=cos, sin=sin, key_cos=cos, key_sin=sin)
+    positions = plan.positions[held]
+    return replace(plan, positions=positions, key_positions=positions)
 
 
 _PLANS = {"all_gather": _gather_plan, "ring": _ring_plan, "ulysses": _ulysses_plan}

@@ -176,9 +176,8 @@ def _forward(state: _Execution, action: Action, received: Tensor | None) -> None
     if received is not None and torch.is_grad_enabled():
         x.requires_grad_()
     labels = batch.labels if last else None
-    out = state.stages.module(x, batch.plan, labels, _part(state, action))
+    out = state.stages.module(x, batch.plan, labels, state.loss_scale, _part(state, action))
     if last:
-        out = out.sum() * state.loss_scale
         state.loss = out.detach() if state.loss is None else state.loss + out.detach()
     if not last or out.requires_grad:
         state.inputs[stage, m], state.outputs[stage, m] = x, out
