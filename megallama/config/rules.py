@@ -44,6 +44,15 @@ def _head_dim_is_even(config: Config) -> Iterator[Problem]:
         yield Problem("model.head_dim", f"{what}: use {either(near_multiples(size, 2))}")
 
 
+def _compiler_recomputes_by_itself(config: Config) -> Iterator[Problem]:
+    train = config.train
+    if train.compile and train.activation_checkpointing == "elementwise":
+        what = "elementwise is for blocks that are not compiled; with train.compile the compiler"
+        yield Problem(
+            "train.activation_checkpointing", f"{what} recomputes such results by itself: use none"
+        )
+
+
 def _cuts_query_heads(model: ModelConfig, tensor: int) -> str:
     return "" if model.heads % tensor == 0 else f"does not divide model.heads = {model.heads}"
 
@@ -277,6 +286,7 @@ def _exchange_needs_no_balance(config: Config) -> Iterator[Problem]:
 
 
 RULES: tuple[Callable[[Config], Iterator[Problem]], ...] = (
+    _compiler_recomputes_by_itself,
     _heads_share_kv_heads,
     _head_dim_is_even,
     _tensor_cuts_the_model,

@@ -158,9 +158,9 @@ class TrainConfig(Section):
     """Initial weights and sample order follow from it, whatever the layout."""
     grad_clip: Annotated[float, Field(ge=0)] = 1.0
     """Largest norm of the global gradient; 0 turns clipping off."""
-    activation_checkpointing: Literal["none", "selective", "full"] = "none"
-    """What backward recomputes: nothing, all but matrix products and attention (but a ring's), or
-    whole blocks."""
+    activation_checkpointing: Literal["none", "elementwise", "selective", "full"] = "none"
+    """What backward recomputes: nothing; the results of norms and of SwiGLU's activation; all but
+    matrix products and attention (but a ring's); or whole blocks."""
     compile: bool = False
     """torch.compile each block."""
     deterministic: bool = False

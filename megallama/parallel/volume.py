@@ -82,7 +82,7 @@ class _Sizes:
 
     @property
     def recomputed(self) -> bool:
-        return self.config.train.activation_checkpointing != "none"
+        return self.config.train.activation_checkpointing in ("selective", "full")
 
     @property
     def reductions(self) -> int:

@@ -33,6 +33,15 @@ CASES = [
         fix="layout.tensor=4",
     ),
     Case(
+        "steps: 100",
+        "steps: 100, activation_checkpointing: @@elementwise",
+        "train.activation_checkpointing",
+        "elementwise is for blocks that are not compiled; with train.compile the compiler "
+        "recomputes such results by itself: use none",
+        fix="train.compile=false",
+        given="train.compile=true",
+    ),
+    Case(
         "tensor: 1",
         "tensor: @@8",
         "layout.tensor",

@@ -127,6 +127,14 @@ LAYOUTS: dict[str, dict[str, Any]] = {
         "layout": {"context": 2, "context_method": "ring"},
         "train": {"activation_checkpointing": "selective"},
     },
+    "elementwise recomputation, TP2 CP2": {
+        "layout": {"tensor": 2, "context": 2},
+        "train": {"activation_checkpointing": "elementwise"},
+    },
+    "elementwise recomputation, PP2 FSDP2 resharding": {
+        "layout": {"pipeline": 2, "data_shard": 2, "reshard_after_forward": True},
+        "train": {"activation_checkpointing": "elementwise"},
+    },
     "CP2 PP2": {"layout": {"context": 2, "pipeline": 2}},
     "CP2 FSDP2": {"layout": {"context": 2, "data_shard": 2}},
     "CP2 replicas 2": {"layout": {"context": 2, "data_replicate": 2}},
