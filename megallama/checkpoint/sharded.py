@@ -3,15 +3,13 @@
 Tensors are keyed by global names, so a checkpoint fits any layout.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import Tensor
 
 from megallama.checkpoint.store import (
     FileDigest,
@@ -27,18 +25,13 @@ from megallama.checkpoint.store import (
     remove_partial,
 )
 
-_MOMENTS = ("exp_avg", "exp_avg_sq")
 
-
-def save(
-    root: Path, module: nn.Module, optimizer: Optimizer, *, keep: int, about: dict[str, Any]
-) -> Path:
+def save(root: Path, state: Mapping[str, Tensor], *, keep: int, about: dict[str, Any]) -> Path:
     """Write and commit a checkpoint; every rank calls it after the same step.
 
     Args:
         root: the run's checkpoint folder, shared by all ranks.
-        module: this rank's stage, with global parameter names.
-        optimizer: AdamW over its parameters.
+        state: this rank's tensors by global name.
         keep: newest checkpoints to keep, this one included.
         about: the manifest's fields but `files`.
 
@@ -53,7 +46,7 @@ def save(
         remove_partial(root)
         partial.mkdir()
     dist.barrier()
-    dcp.save(dict(_tensors(module, optimizer)), checkpoint_id=partial)
+    dcp.save(dict(state), checkpoint_id=partial)
     digests: list[dict[str, FileDigest] | None] = [None] * dist.get_world_size()
     dist.all_gather_object(digests, _digest_own_files(partial))
     if dist.get_rank() == 0:
@@ -91,29 +84,9 @@ def _judge_together(folder: Path, files: Mapping[str, FileDigest]) -> str | None
     return next((reason for reason in reasons if reason is not None), None)
 
 
-def load(root: Path, manifest: Manifest, module: nn.Module, optimizer: Optimizer) -> None:
-    """Fill parameters and optimizer state in place; every rank calls it."""
-    _create_state(optimizer, manifest.step)
-    state = dict(_tensors(module, optimizer))
-    dcp.load(state, checkpoint_id=committed_folder(root, manifest.step))
-
-
-def _tensors(module: nn.Module, optimizer: Optimizer) -> Iterator[tuple[str, Tensor]]:
-    for name, parameter in module.named_parameters():
-        yield f"model.{name}", parameter.detach()
-        for moment in _MOMENTS:
-            yield f"optimizer.{name}.{moment}", optimizer.state[parameter][moment]
-
-
-def _create_state(optimizer: Optimizer, step: int) -> None:
-    """The state AdamW would have made on its first step, at the checkpoint's step."""
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            device = parameter.device if group["fused"] else torch.device("cpu")
-            state = optimizer.state[parameter]
-            state["step"] = torch.tensor(float(step), dtype=torch.float32, device=device)
-            for moment in _MOMENTS:
-                state[moment] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+def load(root: Path, manifest: Manifest, state: Mapping[str, Tensor]) -> None:
+    """Fill this rank's tensors in place; every rank calls it."""
+    dcp.load(dict(state), checkpoint_id=committed_folder(root, manifest.step))
 
 
 def _digest_own_files(folder: Path) -> dict[str, FileDigest]:

@@ -44,6 +44,13 @@ def _head_dim_is_even(config: Config) -> Iterator[Problem]:
         yield Problem("model.head_dim", f"{what}: use {either(near_multiples(size, 2))}")
 
 
+def _split_masters_are_of_bf16(config: Config) -> Iterator[Problem]:
+    precision = config.train.precision
+    if config.optimizer.master == "split" and precision != "bf16":
+        what = f"split halves float32 into bf16 weights, and train.precision = {precision}"
+        yield Problem("optimizer.master", f"{what}: use fp32, or train.precision=bf16")
+
+
 def _compiler_recomputes_by_itself(config: Config) -> Iterator[Problem]:
     train = config.train
     if train.compile and train.activation_checkpointing == "elementwise":
@@ -287,6 +294,7 @@ def _exchange_needs_no_balance(config: Config) -> Iterator[Problem]:
 
 RULES: tuple[Callable[[Config], Iterator[Problem]], ...] = (
     _compiler_recomputes_by_itself,
+    _split_masters_are_of_bf16,
     _heads_share_kv_heads,
     _head_dim_is_even,
     _tensor_cuts_the_model,

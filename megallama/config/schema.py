@@ -180,6 +180,11 @@ class KernelsConfig(Section):
     """Rotary position embedding."""
     cross_entropy: Literal["auto", "triton", "torch", "compile"] = "auto"
     """The passes over logits, chunk by chunk between the head's products."""
+    grad_norm: Literal["auto", "triton", "torch"] = "auto"
+    """The norm of all gradients."""
+    adamw: Literal["auto", "triton", "torch", "apex"] = "auto"
+    """The update, if masters are not split. triton: clipping is a part of it. torch: fused AdamW.
+    apex: NVIDIA's FusedAdam."""
 
 
 class OptimizerConfig(Section):
@@ -197,6 +202,10 @@ class OptimizerConfig(Section):
     """Added to the root of the second moment."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     """Decoupled weight decay, per unit of learning rate."""
+    master: Literal["fp32", "split"] = "fp32"
+    """How bf16 training keeps its float32 weights: whole, 16 bytes a parameter with the gradient
+    and moments; or split, 12: the high 16 bits are the bf16 weight, which is cut off rather than
+    rounded, and gradients are in bf16 after they have been reduced in float32."""
 
 
 class LrScheduleConfig(Section):

@@ -43,7 +43,9 @@ def build_stages(config: Config, groups: ProcessGroupManager, device: torch.devi
         for s in range(groups.pipeline.rank, len(ranges), groups.pipeline.size)
     ]
     with torch.device("meta"):
-        module = Llama(model, seams, parts, kernels).to(MASTER_DTYPE[precision])
+        module = Llama(model, seams, parts, kernels)
+    split_masters = config.optimizer.master == "split"
+    module.to(torch.bfloat16 if split_masters else MASTER_DTYPE[precision])
     if split:
         shard_over_tensor(module, groups, model.kv_heads)
     for block in module.layers.values():
@@ -54,10 +56,12 @@ def build_stages(config: Config, groups: ProcessGroupManager, device: torch.devi
         )
     reshard = frees_weights(config)
     shard_over_data(module, groups.fsdp_mesh, precision=precision, reshard_after_forward=reshard)
-    materialize(module, model, groups, config.train.seed, device)
+    seed = config.train.seed
+    low = materialize(module, model, groups, seed, device, split_masters=split_masters)
     tokens = config.data.seq_len * layout.micro_batch // layout.context
     return LocalStages(
         module=module,
+        low=low,
         count=len(ranges),
         reshard_after_forward=reshard,
         message_shape=(tokens // layout.tensor, model.hidden),

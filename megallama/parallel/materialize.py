@@ -1,6 +1,8 @@
 """Gives a sharded model on the meta device its memory and its initial weights."""
 
 import torch
+from megallama_kernels.adamw import split
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from megallama.config.schema import ModelConfig
@@ -12,9 +14,21 @@ from megallama.parallel.placements import placement, shard_range
 
 @torch.no_grad()
 def materialize(
-    stage: Llama, config: ModelConfig, groups: ProcessGroupManager, seed: int, device: torch.device
-) -> None:
-    """Allocate a stage's shards on the device and fill them; each rank draws just what it holds."""
+    stage: Llama,
+    config: ModelConfig,
+    groups: ProcessGroupManager,
+    seed: int,
+    device: torch.device,
+    *,
+    split_masters: bool = False,
+) -> dict[str, Tensor] | None:
+    """Allocate a stage's shards on the device and fill them; each rank draws just what it holds.
+
+    Returns:
+        With split masters, whose high halves the parameters are, the low halves by global name.
+
+    """
+    low: dict[str, Tensor] | None = {} if split_masters else None
     stage.to_empty(device=device)
     sharding = _sharding_axis(groups)
     for name, parameter in stage.named_parameters():
@@ -23,7 +37,10 @@ def materialize(
         drawn = initial_rows(name, parameter.shape, rows, config, seed)
         if columns is not None:
             drawn = drawn[:, columns.start : columns.stop]
+        if low is not None:
+            drawn, low[name] = split(drawn.to(device))
         parameter.to_local().copy_(drawn)
+    return low
 
 
 def held_region(

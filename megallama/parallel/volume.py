@@ -195,7 +195,8 @@ def _pipeline(sizes: _Sizes) -> Iterator[_Term]:
     yield "pipeline", "message", sizes.micro_batches * sizes.sends_back, message
     if sizes.config.model.tie_embeddings and (sizes.first or sizes.last):
         tied = _shard_elements(dict(_parameters(sizes))["embed.weight"], sizes)
-        yield "pipeline", "all-reduce", 1, tied * sizes.master
+        halves = sizes.config.optimizer.master == "split"
+        yield "pipeline", "all-reduce", 1, tied * (sizes.compute if halves else sizes.master)
 
 
 def _fsdp(sizes: _Sizes) -> Iterator[_Term]:

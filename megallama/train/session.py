@@ -18,7 +18,7 @@ from megallama.parallel.compose import build_stages
 from megallama.parallel.pipeline.runtime import connect
 from megallama.train.environment import STORE, Place, restart_number
 from megallama.train.identity import checkpoint_folder, run_identity
-from megallama.train.optimizer import build_optimizer
+from megallama.train.optimizer import build_optimizer, choose_norm
 from megallama.train.step import Trainer
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
@@ -70,7 +70,11 @@ def build_trainer(config: Config, device: torch.device) -> Trainer:
     )
     connect(groups, device)
     stages = build_stages(config, groups, device)
-    return Trainer(config, groups, stages, build_optimizer(stages.module, config.optimizer))
+    optimizer = build_optimizer(
+        stages.module, config.optimizer, config.kernels, device.type, stages.low
+    )
+    norm = choose_norm(config.kernels, device.type)
+    return Trainer(config, groups, stages, optimizer, norm)
 
 
 def save_checkpoint(trainer: Trainer, dataset: Dataset, step: int) -> Path:
@@ -84,8 +88,7 @@ def save_checkpoint(trainer: Trainer, dataset: Dataset, step: int) -> Path:
     }
     return save(
         checkpoint_folder(config),
-        trainer.stages.module,
-        trainer.optimizer,
+        trainer.optimizer.canonical_state(),
         keep=config.checkpoint.keep,
         about=about,
     )
@@ -102,5 +105,7 @@ def resume(trainer: Trainer) -> tuple[int, list[str]]:
     manifest, passed_over = find_newest(root)
     if manifest is None:
         return 0, passed_over
-    load(root, manifest, trainer.stages.module, trainer.optimizer)
+    state = trainer.optimizer.canonical_state()
+    load(root, manifest, state)
+    trainer.optimizer.take(state, manifest.step)
     return manifest.step, passed_over

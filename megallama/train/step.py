@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.optim import AdamW
 
 from megallama.config.schema import Config
 from megallama.data.batch import Batch
@@ -19,9 +18,10 @@ from megallama.parallel.pipeline.runtime import LocalStages, MicroBatch, Watch, 
 from megallama.parallel.pipeline.schedule import FORWARD_ONLY
 from megallama.parallel.pipeline.stages import program
 from megallama.train.optimizer import (
-    clip,
+    AdamW,
+    SquaredNorm,
+    clip_coefficient,
     local_gradients,
-    set_learning_rate,
     squared_norm_share,
     sum_tied_gradient,
 )
@@ -35,6 +35,7 @@ class Trainer:
     groups: ProcessGroupManager
     stages: LocalStages
     optimizer: AdamW
+    squared_norm: SquaredNorm
 
 
 @dataclass(frozen=True)
@@ -87,14 +88,12 @@ def train_step(
     loss_share, counts = _run(trainer, batches, config.layout.schedule, watch)
     gradients = local_gradients(module)
     sum_tied_gradient(gradients, groups)
-    squares = squared_norm_share(gradients, groups, config.model.kv_heads)
+    kv_heads, squared_norm = config.model.kv_heads, trainer.squared_norm
+    squares = squared_norm_share(gradients, groups, kv_heads, squared_norm).to(loss_share.dtype)
     asked = torch.full_like(loss_share, float(stop()))
     loss, squared_norm, asked = sum_over_world(torch.stack([loss_share, squares, asked]))
     grad_norm = squared_norm.sqrt()
-    if config.train.grad_clip > 0:
-        clip(gradients, grad_norm, config.train.grad_clip)
-    set_learning_rate(trainer.optimizer, lr)
-    trainer.optimizer.step()
+    trainer.optimizer.step(lr=lr, clip=clip_coefficient(grad_norm, config.train.grad_clip))
     trainer.optimizer.zero_grad()
     valid, pairs = counts.tolist()
     result = StepResult(loss.item(), grad_norm.item(), valid, pairs, bool(asked))

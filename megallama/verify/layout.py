@@ -1,13 +1,12 @@
 """Runs a shrunk config on its layout, through the production path, and writes down what is seen."""
 
 import os
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from megallama_launch.failure import guard
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -44,10 +43,11 @@ def _run(config: Config, place: Place, folder: str) -> None:
 def _train(trainer: Trainer) -> dict[str, Any]:
     config, module = trainer.config, trainer.stages.module
     samples = random_samples(config)
-    seen: dict[str, Any] = {"loss": [], "grad_norm": [], "initial": _regions(module, _value)}
+    seen: dict[str, Any] = {"loss": [], "grad_norm": [], "initial": _masters(trainer)}
 
     def note_gradients(*_: Any) -> None:
-        seen.setdefault("gradient", _regions(module, _gradient))
+        if "gradient" not in seen:
+            seen["gradient"] = _gradients(module)
 
     trainer.optimizer.register_step_pre_hook(note_gradients)
     for step in range(config.train.steps):
@@ -62,31 +62,26 @@ def _train(trainer: Trainer) -> dict[str, Any]:
             result = train_step(trainer, batches, lr)
         seen["loss"].append(result.loss)
         seen["grad_norm"].append(result.grad_norm)
-    return seen | {"final": _regions(module, _value)}
+    return seen | {"final": _masters(trainer)}
 
 
-def _regions(module: nn.Module, tensor_of: Callable[[DTensor], DTensor]) -> list[tuple[Any, ...]]:
-    """`(name, offsets, tensor)` of the part of each parameter that this rank holds.
+def _masters(trainer: Trainer) -> list[tuple[Any, ...]]:
+    state = trainer.optimizer.canonical_state()
+    names = dict(trainer.stages.module.named_parameters())
+    return [_region(name, state[f"model.{name}"]) for name in names]
+
+
+def _gradients(module: nn.Module) -> list[tuple[Any, ...]]:
+    return [_region(name, parameter.grad) for name, parameter in module.named_parameters()]
+
+
+def _region(name: str, tensor: Tensor | None) -> tuple[Any, ...]:
+    """`(name, offsets, tensor)` of the part of a whole tensor that this rank holds.
 
     Offsets are DTensor's own account of what is where, not ours, so that a mistake in ours shows.
     """
-
-    def regions() -> Iterator[tuple[Any, ...]]:
-        for name, parameter in module.named_parameters():
-            assert isinstance(parameter, DTensor)
-            tensor = tensor_of(parameter)
-            _, offsets = compute_local_shape_and_global_offset(
-                tensor.shape, tensor.device_mesh, tensor.placements
-            )
-            yield name, tuple(offsets), tensor.to_local().detach().clone()
-
-    return list(regions())
-
-
-def _value(parameter: DTensor) -> DTensor:
-    return parameter
-
-
-def _gradient(parameter: DTensor) -> DTensor:
-    assert isinstance(parameter.grad, DTensor), "a parameter got no gradient"
-    return parameter.grad
+    assert isinstance(tensor, DTensor), f"{name} got no gradient"
+    _, offsets = compute_local_shape_and_global_offset(
+        tensor.shape, tensor.device_mesh, tensor.placements
+    )
+    return name, tuple(offsets), tensor.to_local().detach().clone()

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megallama_kernels.adamw import split
 from torch import Tensor, nn
 
 from megallama.config.schema import Config
@@ -35,7 +36,7 @@ def train_reference(config: Config, micro_batches: int) -> dict[str, Any]:
     """Train in one process on whole global batches, cut into `micro_batches` pieces.
 
     Returns:
-        `loss` and `grad_norm` per step; `initial`, `gradient` (of the first step, clipped) and
+        `loss` and `grad_norm` per step; `initial`, `gradient` (of the first step) and
         `final` tensors by parameter name.
 
     """
@@ -46,18 +47,24 @@ def train_reference(config: Config, micro_batches: int) -> dict[str, Any]:
     optimizer = _adamw(master, config)
     seen: dict[str, Any] = {"loss": [], "grad_norm": [], "initial": _copies(master)}
     for step in range(train.steps):
-        compute.load_state_dict(master.state_dict())
+        compute.load_state_dict(_computed_with(master, config))
         optimizer.zero_grad()
         seen["loss"].append(_accumulate(master, compute, config, step, micro_batches))
+        if step == 0:
+            seen["gradient"] = _copies(master, of_gradients=True)
         largest = train.grad_clip or float("inf")
         norm = torch.nn.utils.clip_grad_norm_(master.parameters(), largest, foreach=False)
         seen["grad_norm"].append(norm.item())
-        if step == 0:
-            seen["gradient"] = _copies(master, of_gradients=True)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config.lr_schedule, config.optimizer.lr, train.steps, step)
         optimizer.step()
     return seen | {"final": _copies(master)}
+
+
+def _computed_with(master: nn.Module, config: Config) -> dict[str, Tensor]:
+    """The weights in the compute dtype: rounded, or the high halves of split masters."""
+    halves = config.optimizer.master == "split"
+    return {n: split(p)[0] if halves else p for n, p in master.state_dict().items()}
 
 
 def _accumulate(

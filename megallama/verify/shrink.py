@@ -71,7 +71,12 @@ def shrink(config: Config, *, dtype: str, steps: int, max_processes: int) -> Con
                 "precision": PRECISION[dtype],
             }
         ),
-        "optimizer": config.optimizer.model_copy(update={"lr": LEARNING_RATE}),
+        "optimizer": config.optimizer.model_copy(
+            update={
+                "lr": LEARNING_RATE,
+                "master": config.optimizer.master if dtype == "bf16" else "fp32",
+            }
+        ),
         "lr_schedule": config.lr_schedule.model_copy(
             update={"warmup_steps": min(2, steps), "decay_steps": None, "min_lr": 0.0}
         ),

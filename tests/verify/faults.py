@@ -111,8 +111,8 @@ def norm_counted_on_every_tensor_rank() -> None:
 
     share = optimizer.squared_norm_share
 
-    def every_rank(gradients, groups, kv_heads):
-        return share(gradients, groups, kv_heads) + sum(
+    def every_rank(gradients, groups, kv_heads, squared_norm):
+        return share(gradients, groups, kv_heads, squared_norm) + sum(
             g.square().sum()
             for name, g in gradients.items()
             if "norm" in name and groups.tensor.rank > 0

@@ -211,6 +211,15 @@ LAYOUTS: dict[str, dict[str, Any]] = {
             "stage_layers": [0, 2, 2, 0],
         }
     },
+    "split masters, TP2 FSDP2": {
+        "layout": {"tensor": 2, "data_shard": 2},
+        "optimizer": {"lr": 1e-3, "master": "split"},
+    },
+    "split masters, tied, TP2 PP2": {
+        "layout": {"tensor": 2, "pipeline": 2},
+        "model": {"tie_embeddings": True},
+        "optimizer": {"lr": 1e-3, "master": "split"},
+    },
     "without clipping, FSDP2": {"layout": {"data_shard": 2}, "train": {"grad_clip": 0.0}},
 }
 

@@ -22,6 +22,9 @@ IN_EVERY_RUN = {
 }
 
 
+SPLIT = [name for name in LAYOUTS if name.startswith("split masters")]
+
+
 def cases(in_every_run: set[str]) -> list[Any]:
     return [
         pytest.param(name, id=name, marks=() if name in in_every_run else (pytest.mark.slow,))
@@ -50,6 +53,8 @@ def test_float32(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["TP2", "PP2", "FSDP2", "TP2 PP2 FSDP2", "HSDP 2x2", "CP2"])
+@pytest.mark.parametrize(
+    "name", ["TP2", "PP2", "FSDP2", "TP2 PP2 FSDP2", "HSDP 2x2", "CP2", *SPLIT]
+)
 def test_bf16(name):
     assert_same_numbers(make_config(**LAYOUTS[name]), "bf16")

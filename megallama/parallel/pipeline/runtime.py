@@ -4,7 +4,7 @@ Messages are `[T/t, d]` in the compute dtype. Nothing but the stream travels: ev
 own tokens, labels and plan. The schedule alone decides the order.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -37,6 +37,8 @@ class LocalStages:
 
     module: Llama
     """Its parts are this rank's stages: part v is stage v * pipeline + rank."""
+    low: Mapping[str, Tensor] | None
+    """The low halves of its parameters by global name, if masters are split."""
     count: int
     """Stages of the whole pipeline."""
     reshard_after_forward: bool
