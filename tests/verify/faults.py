@@ -216,6 +216,19 @@ def tied_copies_not_summed() -> None:
     step.sum_tied_gradient = lambda gradients, groups: None
 
 
+def kernel_is_not_launched() -> None:
+    from importlib import import_module
+
+    name, kernel = os.environ["SILENT_KERNEL"].split(".")
+    module = import_module(f"megallama_kernels.{name}")
+
+    class Silent:
+        def __getitem__(self, grid):
+            return lambda *args, **options: None
+
+    setattr(module, kernel, Silent())
+
+
 def run(fault: str, plain_config: dict[str, Any], folder: str) -> int:
     globals()[fault]()
     return layout.run(plain_config, folder)
