@@ -180,6 +180,10 @@ class KernelsConfig(Section):
     """Rotary position embedding."""
     cross_entropy: Literal["auto", "triton", "torch", "compile"] = "auto"
     """The passes over logits, chunk by chunk between the head's products."""
+    attention: Literal["auto", "flex", "varlen"] = "auto"
+    """What computes packed documents on a GPU: FlexAttention, or FlashAttention's variable-length
+    calls, bf16 only. auto: varlen for the head and tail of a context rank, else flex. Rows of one
+    length go to scaled_dot_product_attention, cuDNN's on Hopper."""
     grad_norm: Literal["auto", "triton", "torch"] = "auto"
     """The norm of all gradients."""
     adamw: Literal["auto", "triton", "torch", "apex"] = "auto"

@@ -1,8 +1,9 @@
 """Causal grouped-query attention over packed documents.
 
-Dense micro-batches (rows of one length) go to scaled_dot_product_attention. Packed ones go to
-FlexAttention on a GPU, and segment by segment on CPU: each segment is a run of queries from one
-document and the keys of that document up to the last of them.
+Dense micro-batches (rows of one length) go to scaled_dot_product_attention. Packed ones go on a GPU
+to FlexAttention, or to variable-length FlashAttention where a context rank's queries make few
+calls of it, and segment by segment on CPU: each segment is a run of queries from one document and
+the keys of that document up to the last of them.
 
 Queries may be a part of the stream, as under context parallelism: `queries` are the ranges of the
 stream whose queries are at hand, one after the other.
@@ -13,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,17 +29,10 @@ from torch.nn.attention.flex_attention import (
 from megallama.config.schema import ModelConfig
 from megallama.model.precision import at_least_float32
 from megallama.model.rope import rotary_table, table_dtype
+from megallama.model.varlen import DTYPES, Chunk, Segment, attend_in_chunks, chunks_of
 
-
-class Segment(NamedTuple):
-    """Queries of one document and the keys they may see: the last query sees all of these, each
-    query before it one less.
-    """
-
-    queries: tuple[int, int]
-    """Start and stop among the queries at hand."""
-    keys: tuple[int, int]
-    """Start and stop in the stream."""
+HEAD_AND_TAIL = 2
+"""Calls for a context rank's two parts of the stream."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +51,9 @@ class AttentionPlan:
     segments: tuple[Segment, ...]
     """What each query sees, on CPU."""
     block_mask: BlockMask | None
-    """Same-document-and-causal blocks for FlexAttention; None on CPU or when dense."""
+    """Same-document-and-causal blocks for FlexAttention; None if that is not what computes."""
+    chunks: tuple[Chunk, ...] | None
+    """Calls of variable-length FlashAttention; None if that is not what computes."""
 
 
 def plan_attention(
@@ -67,6 +63,7 @@ def plan_attention(
     *,
     dtype: torch.dtype,
     queries: Sequence[range] | None = None,
+    packed_by: str = "auto",
 ) -> AttentionPlan:
     """Plan one micro-batch.
 
@@ -77,6 +74,7 @@ def plan_attention(
         cu_seqlens: document borders 0 … T, on the host.
         dtype: of activations; the rotary table takes it or float32, whichever is wider.
         queries: ranges of the stream whose queries are at hand, ascending; all by default.
+        packed_by: what computes packed documents on a GPU, as `kernels.attention` says.
 
     """
     lengths = {stop - start for start, stop in pairwise(cu_seqlens)}
@@ -86,20 +84,29 @@ def plan_attention(
     if queries is not None:
         positions = positions[stream_index(queries, position_ids.device)]
     queries = [range(cu_seqlens[-1])] if queries is None else queries
-    packed_on_gpu = position_ids.is_cuda and not dense
+    segments, device = tuple(_segments(cu_seqlens, queries)), position_ids.device
+    mask, chunks = None, None
+    if position_ids.is_cuda and not dense:
+        chunks = chunks_of(segments, device) if dtype in DTYPES else ()
+        if not _in_chunks(packed_by, len(chunks), partly=len(queries) > 1):
+            chunks, mask = None, block_mask(cu_seqlens, queries, [range(cu_seqlens[-1])], device)
     return AttentionPlan(
         cos=cos,
         sin=sin,
         positions=positions,
         key_positions=key_positions,
         dense_rows=len(cu_seqlens) - 1 if dense else None,
-        segments=tuple(_segments(cu_seqlens, queries)),
-        block_mask=(
-            block_mask(cu_seqlens, queries, [range(cu_seqlens[-1])], position_ids.device)
-            if packed_on_gpu
-            else None
-        ),
+        segments=segments,
+        block_mask=mask,
+        chunks=chunks,
     )
+
+
+def _in_chunks(packed_by: str, calls: int, *, partly: bool) -> bool:
+    """Whether variable-length FlashAttention computes it; no calls if it cannot."""
+    if packed_by == "auto":
+        return partly and 0 < calls <= HEAD_AND_TAIL
+    return packed_by == "varlen" and calls > 0
 
 
 def stream_index(ranges: Sequence[range], device: torch.device) -> Tensor:
@@ -133,6 +140,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor:
     """
     if plan.dense_rows is not None:
         return _causal_rows(q, k, v, plan.dense_rows)
+    if plan.chunks is not None:
+        return attend_in_chunks(q, k, v, plan.chunks)
     if plan.block_mask is not None:
         return flex(q, k, v, plan.block_mask)
     return _segment_by_segment(q, k, v, plan)

@@ -171,6 +171,7 @@ def describe(info: RunInfo) -> tuple[str, list[str]]:
         f"layout  {info.layout}",
         f"device  {info.world_size} x {info.device} ({peak})",
         f"data    {info.data}",
+        *([f"kernels {info.kernels}"] if info.kernels else []),
         f"run     {info.run_folder}",
     ]
     if info.resumed_step:

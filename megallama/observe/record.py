@@ -28,6 +28,8 @@ class RunInfo:
     """Name of one device, as its driver reports it."""
     data: str
     """One line on what is read."""
+    kernels: str = ""
+    """One line on what computes the fused operations and attention."""
     resumed_step: int = 0
     """Completed steps found in the checkpoint this start continues; 0 for a new run."""
     peak_flops: float | None = None

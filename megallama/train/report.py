@@ -5,6 +5,7 @@ from pathlib import Path
 
 from megallama.config.schema import parameter_count
 from megallama.data.dataset import Dataset
+from megallama.model.backend import kernels_text
 from megallama.observe.device import device_name, peak_memory_gib
 from megallama.observe.jsonl import read_metrics
 from megallama.observe.meter import Meter, bits_per_byte
@@ -43,6 +44,7 @@ class Reporter:
             world_size=self._world_size,
             device=self._name,
             data=self._dataset.summary,
+            kernels=kernels_text(config, self._device),
             resumed_step=self._resumed_step,
             peak_flops=self._meter.peak_flops,
         )

@@ -137,7 +137,7 @@ def _run(
 def _to_device(batch: Batch, trainer: Trainer) -> MicroBatch:
     device, config = trainer.stages.device, trainer.config
     positions, dtype = batch.position_ids.to(device), trainer.stages.message_dtype
-    stream = Stream(config.model, positions, batch.cu_seqlens, dtype)
+    stream = Stream(config.model, positions, batch.cu_seqlens, dtype, config.kernels.attention)
     held, plan = plan_for_rank(stream, config.layout, trainer.groups.context)
     tokens, labels = batch.tokens.to(device), batch.labels.to(device)
     if held is not None:

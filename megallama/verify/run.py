@@ -91,7 +91,9 @@ def _kernels(asked: str, dtype: str) -> KernelsConfig:
 
 
 def _all_kernels(name: str) -> KernelsConfig:
-    return KernelsConfig.model_validate(dict.fromkeys(KernelsConfig.model_fields, name))
+    return KernelsConfig.model_validate(
+        dict.fromkeys(KernelsConfig.model_fields, name) | {"attention": "auto"}
+    )
 
 
 def micro_batch_counts(config: Config, dtype: str) -> list[int]:

@@ -42,6 +42,15 @@ CASES = [
         given="train.compile=true",
     ),
     Case(
+        "lr: 3e-3",
+        "lr: 3e-3, master: @@split",
+        "optimizer.master",
+        "split halves float32 into bf16 weights, and train.precision = fp32: use fp32, or "
+        "train.precision=bf16",
+        fix="train.precision=bf16",
+        given="train.precision=fp32",
+    ),
+    Case(
         "tensor: 1",
         "tensor: @@8",
         "layout.tensor",

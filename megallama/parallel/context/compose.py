@@ -28,11 +28,18 @@ class Stream:
     cu_seqlens: Sequence[int]
     dtype: torch.dtype
     """Of activations."""
+    packed_by: str = "auto"
+    """`kernels.attention`."""
 
     def plan(self, queries: Spans | None = None) -> AttentionPlan:
         """For queries from some ranges, or all, and all keys."""
         return plan_attention(
-            self.model, self.position_ids, self.cu_seqlens, dtype=self.dtype, queries=queries
+            self.model,
+            self.position_ids,
+            self.cu_seqlens,
+            dtype=self.dtype,
+            queries=queries,
+            packed_by=self.packed_by,
         )
 
 
@@ -70,6 +77,7 @@ def _ring_plan(stream: Stream, spans: Sequence[Spans], rank: int) -> AttentionPl
         dense_rows=None,
         segments=(),
         block_mask=None,
+        chunks=None,
         visible=tuple(visible(stream.cu_seqlens, spans[rank], block, device) for block in blocks),
     )
 
