@@ -29,8 +29,7 @@ def _forward(
     SIDE_BY_SIDE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    row = tl.program_id(1).to(tl.int64)
-    first = tl.program_id(0) * BLOCK
+    row, first = _place(features, BLOCK)
     feature = first + tl.arange(0, BLOCK)
     at = packed_ptr + row * packed_row
     gate, up = _gate_and_up(at, first, features, packed_feature, packed_kind, SIDE_BY_SIDE, BLOCK)
@@ -53,8 +52,7 @@ def _backward(
     SIDE_BY_SIDE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    row = tl.program_id(1).to(tl.int64)
-    first = tl.program_id(0) * BLOCK
+    row, first = _place(features, BLOCK)
     feature = first + tl.arange(0, BLOCK)
     at = packed_ptr + row * packed_row
     gate, up = _gate_and_up(at, first, features, packed_feature, packed_kind, SIDE_BY_SIDE, BLOCK)
@@ -67,6 +65,15 @@ def _backward(
     element = 2 * first + tl.arange(0, 2 * BLOCK)
     at = dpacked_ptr + row * 2 * features + element
     tl.store(at, both.to(dpacked_ptr.dtype.element_ty), mask=element < 2 * features)
+
+
+@jit
+def _place(features, BLOCK: tl.constexpr):
+    """A program's row, and its first feature: in one dimension of the grid, which has no limit of
+    65,535.
+    """
+    tiles = tl.cdiv(features, BLOCK)
+    return (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles * BLOCK
 
 
 @jit
@@ -107,8 +114,7 @@ def _swiglu(packed: Tensor) -> Tensor:
     rows, features, _ = packed.shape
     y = _like(packed, rows, features)
     if y.numel():
-        grid = (triton.cdiv(features, BLOCK), rows)
-        _forward[grid](
+        _forward[(triton.cdiv(features, BLOCK) * rows,)](
             packed,
             y,
             features,
@@ -128,7 +134,7 @@ def _swiglu_backward(dy: Tensor, packed: Tensor) -> Tensor:
     rows, features, _ = packed.shape
     dpacked = _like(packed, rows, features, 2)
     if dpacked.numel():
-        _backward[(triton.cdiv(features, BLOCK), rows)](
+        _backward[(triton.cdiv(features, BLOCK) * rows,)](
             dy,
             packed,
             dpacked,
