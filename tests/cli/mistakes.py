@@ -71,6 +71,16 @@ def gpus(count: int) -> Callable[[Path, pytest.MonkeyPatch], object]:
     return apply
 
 
+def no_gpus_and(
+    more: Callable[[Path, pytest.MonkeyPatch], object],
+) -> Callable[[Path, pytest.MonkeyPatch], object]:
+    def apply(folder: Path, patch: pytest.MonkeyPatch) -> None:
+        no_gpus(folder, patch)
+        more(folder, patch)
+
+    return apply
+
+
 def no_gpus(_: Path, patch: pytest.MonkeyPatch) -> None:
     patch.setattr("torch.cuda.is_available", lambda: False)
 
@@ -456,5 +466,18 @@ CASES = [
         "model.vocab",
         ("500 is less than the 512 tokens of data.tokenizer 'bpe512': set model.vocab to 512",),
         given=("model.vocab=500",),
+    ),
+    Case(
+        "Triton without a GPU",
+        "kernels.swiglu",
+        ("triton needs a GPU, and this machine has none: leave it out, or take torch",),
+        given=("kernels.swiglu=triton",),
+        around=no_gpus_and(variables(TRITON_INTERPRET="0")),
+    ),
+    Case(
+        "no apex",
+        "kernels.adamw",
+        ("apex is not installed: build it from NVIDIA's source", "or leave it out"),
+        given=("kernels.adamw=apex",),
     ),
 ]
