@@ -1,11 +1,7 @@
-"""Results as JSON and as Markdown; parts that ran in different places are put together by
-
-python kernels/bench/report.py --output FOLDER PART...
-"""
+"""Results as JSON and as Markdown."""
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -178,21 +174,3 @@ def _number(x: float | None, digits: int) -> str:
 
 def _share(x: float | None) -> str:
     return "" if x is None else f"{x:.0%}"
-
-
-def main() -> None:
-    """Put parts together and plot them."""
-    from plots import plot
-
-    parser = argparse.ArgumentParser(description="Results of several folders in one.")
-    parser.add_argument("--output", type=Path, required=True, help="folder of all results")
-    parser.add_argument("parts", type=Path, nargs="+", help="folders with a results.json each")
-    options = parser.parse_args()
-    options.output.mkdir(parents=True, exist_ok=True)
-    benches = [bench for part in options.parts for bench in read_benches(part)]
-    write_report(options.output, benches)
-    plot(options.output, latest_rows(benches), subtitle(benches))
-
-
-if __name__ == "__main__":
-    main()

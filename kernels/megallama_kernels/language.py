@@ -46,7 +46,9 @@ def compute_units(x: Tensor) -> int:
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """`x` in float32, or in float64 if it is float64."""
+    """`x` in float32, or in float64 if it is float64: the one rule for upcasts, so that a float64
+    run stays float64 throughout.
+    """
     return x if x.dtype == torch.float64 else x.float()
 
 

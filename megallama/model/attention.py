@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megallama_kernels.language import at_least_float32
 from torch import Tensor
 from torch.nn.attention.flex_attention import (
     AuxRequest,
@@ -27,7 +28,6 @@ from torch.nn.attention.flex_attention import (
 )
 
 from megallama.config.schema import ModelConfig
-from megallama.model.precision import at_least_float32
 from megallama.model.rope import rotary_table, table_dtype
 from megallama.model.varlen import DTYPES, Chunk, Segment, attend_in_chunks, chunks_of
 

@@ -5,13 +5,13 @@ from importlib import import_module
 
 import torch
 from megallama_kernels import adamw, grad_norm
+from megallama_kernels.language import at_least_float32
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw as torch_adamw
 
 from megallama.config.schema import KernelsConfig, OptimizerConfig
 from megallama.mesh import ProcessGroupManager
-from megallama.model.precision import at_least_float32
 from megallama.parallel.collectives import sum_over
 from megallama.parallel.placements import placement
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megallama_kernels.adamw import split
+from megallama_kernels.language import at_least_float32
 from torch import Tensor, nn
 
 from megallama.config.schema import Config
@@ -16,7 +17,6 @@ from megallama.data.batch import Batch, pack
 from megallama.model.attention import plan_attention
 from megallama.model.init import initialize
 from megallama.model.llama import Llama
-from megallama.model.precision import at_least_float32
 from megallama.model.seams import IGNORED_LABEL
 from megallama.train.lr import learning_rate
 from megallama.verify.samples import global_samples, random_samples

@@ -52,7 +52,7 @@ def test_parts_are_put_together_and_later_rows_win(tmp_path: Path) -> None:
     bench("run.py", "--output", str(first), *ops, "--part", "1/2")
     bench("run.py", "--output", str(second), *ops, "--part", "2/2")
     bench("run.py", "--output", str(second), "--ops", "adamw")
-    bench("report.py", "--output", str(whole), str(first), str(second))
+    bench("merge.py", "--output", str(whole), str(first), str(second))
     benches = json.loads((whole / "results.json").read_text())
     ops_of = [{row["op"] for row in one["rows"]} for one in benches]
     assert ops_of == [{"grad_norm"}, {"adamw"}, {"adamw"}]

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from megallama_kernels.language import at_least_float32
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn.attention.flex_attention import create_mask, flex_attention
@@ -29,7 +30,6 @@ from megallama.model.attention import (
     visible,
 )
 from megallama.model.llama import Llama
-from megallama.model.precision import at_least_float32
 from megallama.model.seams import IGNORED_LABEL, Seams
 from megallama.parallel.context import ring
 from megallama.parallel.context.compose import Stream, context_seams, plan_for_rank

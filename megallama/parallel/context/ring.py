@@ -11,11 +11,11 @@ from functools import partial
 from typing import Any
 
 import torch
+from megallama_kernels.language import at_least_float32
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megallama.model.attention import AttentionPlan, Visible, attend_in_part
-from megallama.model.precision import at_least_float32
 from megallama.parallel.collectives import Passing, finish_pass, start_pass
 
 
