@@ -49,9 +49,10 @@ def _gradient(
     IGNORED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    row = tl.program_id(1).to(tl.int64)
+    tiles = tl.cdiv(columns, BLOCK)  # one dimension of the grid: others end at 65,535
+    row = (tl.program_id(0) // tiles).to(tl.int64)
     logits_ptr += row * row_stride
-    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    column = tl.program_id(0) % tiles * BLOCK + tl.arange(0, BLOCK)
     label = tl.load(label_ptr + row)
     scale = tl.load(scale_ptr)
     scale = tl.where(label == IGNORED, 0.0, scale)
@@ -136,7 +137,7 @@ def gradient_(
         return
     rows, columns = logits.shape
     if rows:
-        _gradient[(triton.cdiv(columns, BLOCK), rows)](
+        _gradient[(triton.cdiv(columns, BLOCK) * rows,)](
             logits,
             labels,
             log_sum_exp,

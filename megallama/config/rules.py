@@ -51,6 +51,30 @@ def _split_masters_are_of_bf16(config: Config) -> Iterator[Problem]:
         yield Problem("optimizer.master", f"{what}: use fp32, or train.precision=bf16")
 
 
+def _split_masters_add_up_in_float32(config: Config) -> Iterator[Problem]:
+    if config.optimizer.master == "split" and config.layout.reshard_after_forward:
+        what = "true reduces gradients in every micro-batch, and split masters add those up in bf16"
+        yield Problem("layout.reshard_after_forward", f"{what}: leave it out, or use master: fp32")
+
+
+def _split_masters_have_their_own_update(config: Config) -> Iterator[Problem]:
+    asked = config.kernels.adamw
+    if config.optimizer.master == "split" and asked in ("torch", "apex"):
+        what = f"{asked} updates whole masters, and optimizer.master = split"
+        yield Problem("kernels.adamw", f"{what}: leave it out")
+
+
+def _varlen_attention_fits(config: Config) -> Iterator[Problem]:
+    if config.kernels.attention != "varlen":
+        return
+    if config.train.precision != "bf16":
+        what = f"varlen computes in bf16, and train.precision = {config.train.precision}"
+        yield Problem("kernels.attention", f"{what}: use auto")
+    if config.layout.context > 1 and config.layout.context_method == "ring":
+        what = "varlen sees all keys at once, and layout.context_method = ring passes them around"
+        yield Problem("kernels.attention", f"{what}: use auto")
+
+
 def _compiler_recomputes_by_itself(config: Config) -> Iterator[Problem]:
     train = config.train
     if train.compile and train.activation_checkpointing == "elementwise":
@@ -295,6 +319,9 @@ def _exchange_needs_no_balance(config: Config) -> Iterator[Problem]:
 RULES: tuple[Callable[[Config], Iterator[Problem]], ...] = (
     _compiler_recomputes_by_itself,
     _split_masters_are_of_bf16,
+    _split_masters_add_up_in_float32,
+    _split_masters_have_their_own_update,
+    _varlen_attention_fits,
     _heads_share_kv_heads,
     _head_dim_is_even,
     _tensor_cuts_the_model,

@@ -112,8 +112,8 @@ class LayoutConfig(Section):
     reshard_after_forward: bool | None = None
     """Free gathered weights after each block's forward (ZeRO-3), and reduce gradients with every
     backward. Default: where several ranks shard, there is no pipeline, and a tensor rank's gathered
-    weights and gradients would exceed 8 GiB. Over one rank it saves the compute-dtype copy of the
-    weights and of their gradients, at a copy each time."""
+    weights and gradients would exceed 8 GiB; never with split masters. Over one rank it saves the
+    compute-dtype copy of the weights and of their gradients, at a copy each time."""
 
 
 class SourceConfig(Section):
@@ -208,8 +208,9 @@ class OptimizerConfig(Section):
     """Decoupled weight decay, per unit of learning rate."""
     master: Literal["fp32", "split"] = "fp32"
     """How bf16 training keeps its float32 weights: whole, 16 bytes a parameter with the gradient
-    and moments; or split, 12: the high 16 bits are the bf16 weight, which is cut off rather than
-    rounded, and gradients are in bf16 after they have been reduced in float32."""
+    and moments, and 2 more where a bf16 copy stays gathered; or split, 14 with that copy: the high
+    16 bits are the bf16 weight, cut off rather than rounded, and the gradient is rounded to bf16
+    once it has been reduced in float32."""
 
 
 class LrScheduleConfig(Section):
@@ -301,6 +302,8 @@ def frees_weights(config: Config) -> bool:
         return layout.reshard_after_forward
     parameters = parameter_count(config.model) // layout.tensor
     large = parameters * GATHERED_BYTES[config.train.precision] > GATHERED_LIMIT
+    if config.optimizer.master == "split":  # micro-batches would add up in bf16
+        return False
     return large and layout.data_shard * layout.context > 1 and layout.pipeline == 1
 
 

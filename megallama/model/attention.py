@@ -29,7 +29,7 @@ from torch.nn.attention.flex_attention import (
 
 from megallama.config.schema import ModelConfig
 from megallama.model.rope import rotary_table, table_dtype
-from megallama.model.varlen import DTYPES, Chunk, Segment, attend_in_chunks, chunks_of
+from megallama.model.varlen import DTYPES, Chunk, Segment, attend_in_chunks, chunks_of, runs_of
 
 HEAD_AND_TAIL = 2
 """Calls for a context rank's two parts of the stream."""
@@ -87,9 +87,11 @@ def plan_attention(
     segments, device = tuple(_segments(cu_seqlens, queries)), position_ids.device
     mask, chunks = None, None
     if position_ids.is_cuda and not dense:
-        chunks = chunks_of(segments, device) if dtype in DTYPES else ()
-        if not _in_chunks(packed_by, len(chunks), partly=len(queries) > 1):
-            chunks, mask = None, block_mask(cu_seqlens, queries, [range(cu_seqlens[-1])], device)
+        runs = runs_of(segments) if dtype in DTYPES else []
+        if _in_chunks(packed_by, len(runs), partly=len(queries) > 1):
+            chunks = chunks_of(runs, device)
+        else:
+            mask = block_mask(cu_seqlens, queries, [range(cu_seqlens[-1])], device)
     return AttentionPlan(
         cos=cos,
         sin=sin,

@@ -25,13 +25,16 @@ def kernels_text(config: Config, device: torch.device) -> str:
 
 def attention_text(config: Config, device: torch.device) -> str:
     """What a step's attention is computed by."""
-    context = config.layout.context > 1
-    if config.data.document_mask or context:
-        if device.type != "cuda":
-            return "SDPA, document by document"
-        asked = config.kernels.attention
-        return asked if asked != "auto" else "varlen or flex" if context else "flex"
-    return sdpa_backend(config, device)
+    layout = config.layout
+    if not config.data.document_mask and layout.context == 1:
+        return sdpa_backend(config, device)
+    if device.type != "cuda":
+        return "SDPA, document by document"
+    if config.kernels.attention != "auto":
+        return config.kernels.attention
+    head_and_tail = layout.context_method == "all_gather" and layout.context_balance == "head_tail"
+    bf16 = config.train.precision == "bf16"
+    return "varlen" if layout.context > 1 and head_and_tail and bf16 else "flex"
 
 
 def sdpa_backend(config: Config, device: torch.device) -> str:

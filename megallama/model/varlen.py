@@ -50,7 +50,7 @@ class Chunk:
     longest_k: int
 
 
-def chunks_of(segments: Sequence[Segment], device: torch.device) -> tuple[Chunk, ...]:
+def runs_of(segments: Sequence[Segment]) -> list[list[Segment]]:
     """The fewest calls that compute these segments, in their order."""
     runs: list[list[Segment]] = []
     for segment in segments:
@@ -58,10 +58,15 @@ def chunks_of(segments: Sequence[Segment], device: torch.device) -> tuple[Chunk,
             runs[-1].append(segment)
         else:
             runs.append([segment])
+    return runs
+
+
+def chunks_of(runs: Sequence[Sequence[Segment]], device: torch.device) -> tuple[Chunk, ...]:
+    """What the calls are told."""
     return tuple(_chunk(run, device) for run in runs)
 
 
-def _chunk(run: list[Segment], device: torch.device) -> Chunk:
+def _chunk(run: Sequence[Segment], device: torch.device) -> Chunk:
     queries = [stop - start for (start, stop), _ in run]
     keys = [stop - start for _, (start, stop) in run]
     return Chunk(
@@ -76,7 +81,8 @@ def _chunk(run: list[Segment], device: torch.device) -> Chunk:
 
 def attend_in_chunks(q: Tensor, k: Tensor, v: Tensor, chunks: Sequence[Chunk]) -> Tensor:
     """`q [T, Hq, K]`, `k` and `v [S, Hkv, K]` -> `[T, Hq, K]`."""
-    return torch.cat([_one_call(q[c.queries], k[c.keys], v[c.keys], c) for c in chunks])
+    outs = [_one_call(q[c.queries], k[c.keys], v[c.keys], c) for c in chunks]
+    return outs[0] if len(outs) == 1 else torch.cat(outs)
 
 
 def _one_call(q: Tensor, k: Tensor, v: Tensor, chunk: Chunk) -> Tensor:

@@ -30,6 +30,7 @@ EXPENSIVE = frozenset(
         _aten._scaled_dot_product_flash_attention_for_cpu.default,
         _aten._scaled_dot_product_fused_attention_overrideable.default,
         torch.ops.higher_order.flex_attention,
+        torch.ops.torch_attn._varlen_attn.default,
     }
 )
 """Operations whose results selective checkpointing keeps: matrix products and attention.
@@ -72,18 +73,23 @@ def _forgetting_elementwise(block: Block) -> Run:
             return saved
         result, recipe = made[saved.data_ptr()]
         alive = result()  # if not, its memory may have become another tensor's
-        return recipe if alive is not None and alive.shape == saved.shape else saved
+        return recipe if alive is not None and _laid_out_alike(alive, saved) else saved
 
     def unpack(kept: Tensor | Recipe) -> Tensor:
         return kept if isinstance(kept, Tensor) else kept()
 
     def run(x: Tensor, plan: AttentionPlan) -> Tensor:
-        with saved_tensors_hooks(pack, unpack):
-            out = compute(x, plan)
-        made.clear()
-        return out
+        try:
+            with saved_tensors_hooks(pack, unpack):
+                return compute(x, plan)
+        finally:
+            made.clear()
 
     return run
+
+
+def _laid_out_alike(a: Tensor, b: Tensor) -> bool:
+    return (a.shape, a.stride(), a.dtype) == (b.shape, b.stride(), b.dtype)
 
 
 def _with_recipes(kernels: Kernels, made: dict[int, tuple[weakref.ref[Tensor], Recipe]]) -> Kernels:

@@ -57,9 +57,7 @@ class AdamW(torch.optim.Optimizer):
             for moment in MOMENTS:
                 self.state[parameter][moment] = torch.zeros_like(parameter, dtype=wide)
             if low is not None:
-                halves = torch.zeros_like(parameter, dtype=torch.int16)
-                _local(halves).copy_(low[name])
-                self.state[parameter]["low"] = halves
+                self.state[parameter]["low"] = _like(parameter, low[name])
 
     @torch.no_grad()
     def step(self, closure: None = None, *, lr: float = 0.0, clip: Tensor | None = None) -> None:  # type: ignore[override]
@@ -96,7 +94,8 @@ class AdamW(torch.optim.Optimizer):
 
     def canonical_state(self) -> dict[str, Tensor]:
         """What a checkpoint holds, by global name, whatever runs the update and however masters
-        are stored: float32 (or float64) weights and both moments.
+        are stored: float32 (or float64) weights and both moments. The weights of split masters are
+        copies: 4 bytes a parameter for as long as they are held.
         """
         return dict(self._canonical())
 
@@ -120,6 +119,19 @@ class AdamW(torch.optim.Optimizer):
             high, low = adamw.split(_local(state[f"model.{name}"]))
             _local(parameter).copy_(high)
             _local(self.state[parameter]["low"]).copy_(low)
+
+
+def _like(parameter: Tensor, local: Tensor) -> Tensor:
+    """A rank's part of a tensor that lies as a parameter does; it keeps its memory."""
+    assert isinstance(parameter, DTensor)
+    return DTensor.from_local(
+        local,
+        parameter.device_mesh,
+        parameter.placements,
+        run_check=False,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )
 
 
 def _local(tensor: Tensor | None) -> Tensor:
@@ -178,6 +190,13 @@ def fused_by_apex(
 ) -> None:
     """The kernel of NVIDIA apex's FusedAdam, as that class calls it with `adam_w_mode`."""
     torch._foreach_mul_(gradients, clip)
+    # An empty shard at the end of a list would keep the kernel from being launched.
+    lists = [
+        [x for x in tensors if x.numel()]
+        for tensors in (gradients, parameters, exp_avg, exp_avg_sq)
+    ]
+    if not lists[0]:
+        return
     apply = import_module("apex.multi_tensor_apply").multi_tensor_applier
     kernel = import_module("amp_C").multi_tensor_adam
     overflow = torch.zeros(1, dtype=torch.int, device=parameters[0].device)
@@ -185,7 +204,7 @@ def fused_by_apex(
     apply(
         kernel,
         overflow,
-        [gradients, parameters, exp_avg, exp_avg_sq],
+        lists,
         lr,
         beta1,
         beta2,

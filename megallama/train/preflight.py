@@ -14,6 +14,9 @@ from megallama.data.dataset import Dataset, prepare
 from megallama.observe.wandb_mode import find_wandb
 from megallama.train.identity import identity_problems
 
+APEX_EXTENSIONS = {"rms_norm": "fused_layer_norm_cuda", "adamw": "amp_C"}
+LARGEST_HEAD = 256
+
 
 @dataclass(frozen=True)
 class Prepared:
@@ -36,6 +39,7 @@ def prepare_run(config: Config, world_size: int) -> Prepared:
         *_device_problems(),
         *_overlap_problems(config),
         *_kernel_problems(config),
+        *_attention_problems(config),
         *_folder_problems(Path(config.run)),
         *_wandb_problems(config.metrics.wandb),
     ]
@@ -87,15 +91,25 @@ def _kernel_problems(config: Config) -> list[Problem]:
             problem = "triton needs a GPU, and this machine has none: leave it out, or take torch"
         elif asked == "triton" and not installed:
             problem = "triton is not installed: pip install triton"
-        elif asked == "apex" and find_spec("apex") is None:
+        elif asked == "apex" and find_spec(APEX_EXTENSIONS[operation]) is None:
             problem = (
-                "apex is not installed: build it from NVIDIA's source (github.com/NVIDIA/apex; "
-                "the package of that name on PyPI is another), or leave it out"
+                "apex is not installed with its CUDA extensions: build it from NVIDIA's source "
+                "(github.com/NVIDIA/apex; the package of that name on PyPI is another), or leave "
+                "it out"
             )
         else:
             continue
         problems.append(Problem(f"kernels.{operation}", problem))
     return problems
+
+
+def _attention_problems(config: Config) -> list[Problem]:
+    """Without a fused kernel a GPU would write out the scores."""
+    size, bf16 = config.model.head_dim, config.train.precision == "bf16"
+    if not (torch.cuda.is_available() and bf16) or (size % 8 == 0 and size <= LARGEST_HEAD):
+        return []
+    what = f"{size}: fused attention on GPUs takes multiples of 8 up to {LARGEST_HEAD}"
+    return [Problem("model.head_dim", f"{what}: use one of these")]
 
 
 def _folder_problems(run: Path) -> list[Problem]:

@@ -166,3 +166,42 @@ def test_every_rank_learns_of_the_same_checkpoint(tmp_path: Path):
     # saving the same step again replaces the damaged one
     save_checkpoint(trainer, Random(), 2)  # type: ignore[arg-type]
     assert resume(trainer) == (2, [])
+
+
+@ranks(2)
+def masters_there_and_back(run: Path) -> None:
+    """Split masters saved and loaded whole, trained on, saved and loaded split again."""
+    plain = config_of(run, {"data_shard": 2}).model_dump()
+    plain["train"]["precision"] = "bf16"
+    before: dict[str, torch.Tensor] | None = None
+    for done, master in enumerate(("split", "fp32", "split")):
+        plain["optimizer"]["master"] = master
+        trainer = build_trainer(Config.model_validate(plain), torch.device("cpu"))
+        assert resume(trainer) == (done, [])
+        loaded = whole_state(trainer)
+        if before is not None:
+            assert before.keys() == loaded.keys()
+            assert all(torch.equal(before[name], loaded[name]) for name in before)
+        step(trainer, done)
+        before = whole_state(trainer)
+        assert not any(torch.equal(before[n], t) for n, t in loaded.items() if "wq" in n)
+        save_checkpoint(trainer, Random(), done + 1)  # type: ignore[arg-type]
+
+
+def test_masters_split_and_whole_load_each_other(tmp_path: Path) -> None:
+    in_ranks(masters_there_and_back, 2, run=tmp_path)
+
+
+@ranks(1)
+def low_halves_are_held_once() -> None:
+    plain = config_of(Path("unused"), {}).model_dump()
+    plain["train"]["precision"], plain["optimizer"]["master"] = "bf16", "split"
+    trainer = build_trainer(Config.model_validate(plain), torch.device("cpu"))
+    assert trainer.stages.low is not None
+    held = {t.data_ptr() for t in trainer.stages.low.values()}
+    states = trainer.optimizer.state.values()
+    assert {state["low"].to_local().data_ptr() for state in states} == held
+
+
+def test_low_halves_are_held_once() -> None:
+    in_ranks(low_halves_are_held_once, 1)

@@ -477,7 +477,7 @@ CASES = [
     Case(
         "no apex",
         "kernels.adamw",
-        ("apex is not installed: build it from NVIDIA's source", "or leave it out"),
+        ("apex is not installed with its CUDA extensions: build it", "or leave it out"),
         given=("kernels.adamw=apex",),
     ),
 ]

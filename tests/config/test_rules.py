@@ -51,6 +51,40 @@ CASES = [
         given="train.precision=fp32",
     ),
     Case(
+        "tensor: 1,",
+        "tensor: 1, reshard_after_forward: @@true,",
+        "layout.reshard_after_forward",
+        "true reduces gradients in every micro-batch, and split masters add those up in bf16: "
+        "leave it out, or use master: fp32",
+        fix="layout.reshard_after_forward=false",
+        given="optimizer.master=split train.precision=bf16",
+    ),
+    Case(
+        "run: runs/test",
+        "run: runs/test\nkernels: {adamw: @@apex}",
+        "kernels.adamw",
+        "apex updates whole masters, and optimizer.master = split: leave it out",
+        fix="kernels.adamw=auto",
+        given="optimizer.master=split train.precision=bf16",
+    ),
+    Case(
+        "run: runs/test",
+        "run: runs/test\nkernels: {attention: @@varlen}",
+        "kernels.attention",
+        "varlen computes in bf16, and train.precision = fp32: use auto",
+        fix="kernels.attention=auto",
+        given="train.precision=fp32",
+    ),
+    Case(
+        "run: runs/test",
+        "run: runs/test\nkernels: {attention: @@varlen}",
+        "kernels.attention",
+        "varlen sees all keys at once, and layout.context_method = ring passes them around: "
+        "use auto",
+        fix="kernels.attention=auto",
+        given="layout.context=2 layout.context_method=ring",
+    ),
+    Case(
         "tensor: 1",
         "tensor: @@8",
         "layout.tensor",

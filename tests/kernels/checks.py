@@ -32,9 +32,10 @@ def laid_out(values: Tensor, strides: str) -> Tensor:
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
-    """Normal numbers."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+    """Normal numbers on the device that is the default, the same on all."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+    drawn = torch.randn(*shape, generator=generator, dtype=torch.float64, device="cpu")
+    return drawn.to(torch.get_default_device(), dtype)
 
 
 def assert_near(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megallama.model import varlen
 from megallama.model.attention import _in_chunks, plan_attention, reference_attention, stream_index
-from megallama.model.varlen import attend_in_chunks, chunks_of
+from megallama.model.varlen import attend_in_chunks, chunks_of, runs_of
 from megallama.parallel.context.split import SPLITS
 from tests.model.small import borders_of, positions_of, small_config
 from tests.model.test_attention import random_qkv
@@ -35,7 +35,7 @@ def by_the_rules(
 ) -> Tensor:
     """Query i of n sees keys up to m - n + i of m: the mask is aligned at the bottom right."""
     assert window_size == (-1, 0)
-    assert grouped == {"enable_gqa": True}
+    assert grouped == varlen.GROUPED
     assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
     assert (cu_seq_q[-1], cu_seq_k[-1]) == (len(q), len(k))
     outs = []
@@ -74,7 +74,7 @@ def test_every_rank_of_a_head_and_tail_split(stream: tuple[list[int], int]):
         plan = plan_attention(
             small_config(), positions_of(lengths), borders, dtype=torch.float64, queries=spans
         )
-        chunks = chunks_of(plan.segments, CPU)
+        chunks = chunks_of(runs_of(plan.segments), CPU)
         assert len(chunks) <= 2
         held = stream_index(spans, CPU)
         with mock.patch.object(varlen, "varlen_attn", by_the_rules):
@@ -86,7 +86,7 @@ def test_the_whole_stream_is_one_call():
     lengths = [5, 1, 12, 6]
     config, positions = small_config(), positions_of(lengths)
     plan = plan_attention(config, positions, borders_of(lengths), dtype=torch.float32)
-    (chunk,) = chunks_of(plan.segments, CPU)
+    (chunk,) = chunks_of(runs_of(plan.segments), CPU)
     assert chunk.cu_seqlens_q.tolist() == chunk.cu_seqlens_k.tolist() == [0, 5, 6, 18, 24]
     assert (chunk.longest_q, chunk.longest_k) == (12, 12)
 
