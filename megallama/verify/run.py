@@ -82,7 +82,7 @@ def verify(
 
 def _kernels(asked: str, dtype: str) -> KernelsConfig:
     if asked == "torch":
-        return _all_kernels("torch")
+        return _all_kernels("torch").model_copy(update={"adamw": "auto"})
     if dtype == "float64":
         raise UserError.one("--kernels", "interpreter computes in float32: add --dtype float32")
     if find_spec("triton") is None:

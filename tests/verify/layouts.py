@@ -212,7 +212,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
         }
     },
     "split masters, TP2 FSDP2": {
-        "layout": {"tensor": 2, "data_shard": 2},
+        "layout": {"tensor": 2, "data_shard": 2, "reshard_after_forward": False},
         "optimizer": {"lr": 1e-3, "master": "split"},
     },
     "split masters, tied, TP2 PP2": {
