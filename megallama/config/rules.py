@@ -65,13 +65,14 @@ def _split_masters_have_their_own_update(config: Config) -> Iterator[Problem]:
 
 
 def _varlen_attention_fits(config: Config) -> Iterator[Problem]:
-    if config.kernels.attention != "varlen":
+    asked = config.kernels.attention
+    if asked not in ("varlen", "fa3"):
         return
     if config.train.precision != "bf16":
-        what = f"varlen computes in bf16, and train.precision = {config.train.precision}"
+        what = f"{asked} computes in bf16, and train.precision = {config.train.precision}"
         yield Problem("kernels.attention", f"{what}: use auto")
     if config.layout.context > 1 and config.layout.context_method == "ring":
-        what = "varlen sees all keys at once, and layout.context_method = ring passes them around"
+        what = f"{asked} sees all keys at once, and layout.context_method = ring passes them around"
         yield Problem("kernels.attention", f"{what}: use auto")
 
 

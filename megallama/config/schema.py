@@ -180,10 +180,11 @@ class KernelsConfig(Section):
     """Rotary position embedding."""
     cross_entropy: Literal["auto", "triton", "torch", "compile"] = "auto"
     """The passes over logits, chunk by chunk between the head's products."""
-    attention: Literal["auto", "flex", "varlen"] = "auto"
+    attention: Literal["auto", "flex", "varlen", "fa3"] = "auto"
     """What computes packed documents on a GPU: FlexAttention, or FlashAttention's variable-length
-    calls, bf16 only. auto: varlen for the head and tail of a context rank, else flex. Rows of one
-    length go to scaled_dot_product_attention, cuDNN's on Hopper."""
+    calls, bf16 only; fa3: those of FlashAttention 3, which has to be installed. auto: varlen for
+    the head and tail of a context rank, else flex. Rows of one length go to
+    scaled_dot_product_attention, cuDNN's on Hopper."""
     grad_norm: Literal["auto", "triton", "torch"] = "auto"
     """The norm of all gradients."""
     adamw: Literal["auto", "triton", "torch", "apex"] = "auto"

@@ -108,7 +108,7 @@ def _in_chunks(packed_by: str, calls: int, *, partly: bool) -> bool:
     """Whether variable-length FlashAttention computes it; no calls if it cannot."""
     if packed_by == "auto":
         return partly and 0 < calls <= HEAD_AND_TAIL
-    return packed_by == "varlen" and calls > 0
+    return packed_by in ("varlen", "fa3") and calls > 0
 
 
 def stream_index(ranges: Sequence[range], device: torch.device) -> Tensor:

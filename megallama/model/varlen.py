@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.attention import activate_flash_attention_impl
 from torch.nn.attention.varlen import varlen_attn
 
 CAUSAL = (-1, 0)
@@ -23,6 +24,11 @@ GROUPED: dict[str, Any] = {"enable_gqa": True} if _SAYS_SO else {}
 """Fewer key heads than query heads; torch 2.11 takes them without being told."""
 DTYPES = (torch.bfloat16, torch.float16)
 """What FlashAttention computes in."""
+
+
+def use_flash_attention_3() -> None:
+    """From here on torch's FlashAttention is that of the package `flash_attn_interface`."""
+    activate_flash_attention_impl("FA3")
 
 
 class Segment(NamedTuple):

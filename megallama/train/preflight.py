@@ -16,6 +16,7 @@ from megallama.train.identity import identity_problems
 
 APEX_EXTENSIONS = {"rms_norm": "fused_layer_norm_cuda", "adamw": "amp_C"}
 LARGEST_HEAD = 256
+HOPPER = 9
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,13 @@ def _kernel_problems(config: Config) -> list[Problem]:
                 "apex is not installed with its CUDA extensions: build it from NVIDIA's source "
                 "(github.com/NVIDIA/apex; the package of that name on PyPI is another), or leave "
                 "it out"
+            )
+        elif asked == "fa3" and not (on_gpu and torch.cuda.get_device_capability()[0] == HOPPER):
+            problem = "fa3 needs a Hopper GPU, and this machine has none: leave it out"
+        elif asked == "fa3" and find_spec("flash_attn_interface") is None:
+            problem = (
+                "FlashAttention 3 is not installed: build it from the folder hopper of "
+                "github.com/Dao-AILab/flash-attention, or leave it out"
             )
         else:
             continue

@@ -14,6 +14,7 @@ from megallama.checkpoint.sharded import find_newest, load, save
 from megallama.config.schema import Config
 from megallama.data.dataset import Dataset
 from megallama.mesh import build_process_groups
+from megallama.model.varlen import use_flash_attention_3
 from megallama.parallel.compose import build_stages
 from megallama.parallel.pipeline.runtime import connect
 from megallama.train.environment import STORE, Place, restart_number
@@ -65,6 +66,8 @@ def set_determinism(config: Config) -> None:
 def build_trainer(config: Config, device: torch.device) -> Trainer:
     """This rank's model, optimizer and process groups; torch.distributed is initialised."""
     set_determinism(config)
+    if config.kernels.attention == "fa3":
+        use_flash_attention_3()
     groups = build_process_groups(
         config.layout, device.type, tie_embeddings=config.model.tie_embeddings
     )

@@ -475,6 +475,13 @@ CASES = [
         around=no_gpus_and(variables(TRITON_INTERPRET="0")),
     ),
     Case(
+        "FlashAttention 3 without a Hopper GPU",
+        "kernels.attention",
+        ("fa3 needs a Hopper GPU, and this machine has none: leave it out",),
+        given=("kernels.attention=fa3", "train.precision=bf16"),
+        around=no_gpus,
+    ),
+    Case(
         "no apex",
         "kernels.adamw",
         ("apex is not installed with its CUDA extensions: build it", "or leave it out"),

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn.attention import list_flash_attention_impls
 
 from megallama.model import varlen
 from megallama.model.attention import _in_chunks, plan_attention, reference_attention, stream_index
@@ -99,12 +100,17 @@ def test_the_whole_stream_is_one_call():
         ("auto", 9, True, False),  # a head and a tail of every document
         ("auto", 0, True, False),  # float32
         ("varlen", 1, False, True),
+        ("fa3", 1, False, True),
         ("varlen", 0, False, False),
         ("flex", 2, True, False),
     ],
 )
 def test_what_computes(packed_by: str, calls: int, partly: bool, chosen: bool):
     assert _in_chunks(packed_by, calls, partly=partly) is chosen
+
+
+def test_torch_knows_flash_attention_3_by_the_name_we_use():
+    assert "FA3" in list_flash_attention_impls()
 
 
 @pytest.mark.gpu
