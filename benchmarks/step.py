@@ -72,7 +72,7 @@ SIDES = {
     "compiled-selective": [
         "train.compile=true",
         f"{RECOMPUTE}selective",
-        *(f"kernels.{op}=torch" for op in KernelsConfig.model_fields),
+        *(f"kernels.{op}=torch" for op in KernelsConfig.model_fields if op != "attention"),
     ],
 }
 """Overrides of RUN."""
