@@ -30,6 +30,11 @@ sys.exit(run_local(f"tests.launch.targets:{target}", 2, args, **options).exit_co
 Start = Callable[..., subprocess.Popen]
 
 
+def hear_ctrl_c() -> None:
+    """Shells let what they start in the background ignore it: these tests, for one."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Start]:
     """Starts PROGRAM in a session of its own, so that every process it leaves can be found."""
@@ -39,7 +44,8 @@ def start(tmp_path: Path) -> Iterator[Start]:
         program = tmp_path / "program.py"
         program.write_text(PROGRAM)
         command = [sys.executable, str(program), target, str(tmp_path), str(grace_s), preload]
-        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
+        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "preexec_fn": hear_ctrl_c}
+        streams |= options
         paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
         temporary = os.environ.get("TMPDIR", str(tmp_path))
         ours = {"PYTHONPATH": os.pathsep.join(paths), "TMPDIR": temporary}
