@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from megallama_kernels.grad_norm import addresses, chunks, element_type
 from megallama_kernels.language import OPTIONS, jit, launches, next_power_of_2, tl
+from megallama_kernels.multi_tensor import addresses, chunks, element_type
 
 CHUNK = 32768
 """Elements of a program."""

@@ -6,7 +6,6 @@ per element.
 """
 
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -14,14 +13,13 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from megallama_kernels.language import OPTIONS, at_least_float32, jit, launches, next_power_of_2, tl
+from megallama_kernels.multi_tensor import addresses, chunks, element_type
 
 CHUNK = 65536
 """Elements of a program."""
 BLOCK = 4096
 """Elements of one turn of a program's loop: two 128-bit loads a thread of bfloat16."""
 WARPS = 8
-ALIGNMENT = 16
-"""Bytes, of the widest load."""
 
 
 @jit
@@ -58,48 +56,6 @@ def _sum_squares(
 def reference(tensors: Sequence[Tensor]) -> Tensor:
     """Sum of the squares of all elements, in float32, or in float64 of float64 tensors."""
     return torch.stack([at_least_float32(x).square().sum() for x in tensors]).sum()
-
-
-@lru_cache(maxsize=64)
-def chunks(lengths: tuple[int, ...], chunk: int, device: torch.device) -> Tensor:
-    """Cut tensors of these lengths: int64 `[chunks, 3]` of tensor, first element, elements."""
-    length = torch.tensor(lengths, dtype=torch.int64)
-    number = (length + chunk - 1) // chunk
-    tensor = torch.repeat_interleave(torch.arange(len(lengths)), number)
-    nth = torch.arange(len(tensor)) - (number.cumsum(0) - number)[tensor]
-    elements = torch.minimum(length[tensor] - nth * chunk, torch.tensor(chunk))
-    return torch.stack([tensor, nth * chunk, elements], dim=1).to(device)
-
-
-def addresses(lists: Sequence[Sequence[Tensor]]) -> tuple[Tensor, bool]:
-    """Where lists of equally many contiguous tensors lie.
-
-    Returns:
-        int64 `[tensors, lists]` on their device, and whether all allow the widest loads.
-
-    Raises:
-        ValueError: a list has several dtypes, or a tensor that is not contiguous, or corresponding
-            tensors of two lists differ in size or device.
-
-    """
-    device = lists[0][0].device
-    for tensors in lists:
-        if any(x.dtype != tensors[0].dtype for x in tensors):
-            raise ValueError("one list has tensors of several dtypes")
-        if any(not x.is_contiguous() or x.device != device for x in tensors):
-            raise ValueError("tensors are not contiguous on one device")
-    if any(len({x.numel() for x in row}) > 1 for row in zip(*lists, strict=True)):
-        raise ValueError("corresponding tensors differ in size")
-    rows = [[x.data_ptr() for x in row] for row in zip(*lists, strict=True)]
-    # From pinned memory, or the copy would wait for the device.
-    table = torch.tensor(rows, dtype=torch.int64, pin_memory=device.type == "cuda")
-    aligned = all(address % ALIGNMENT == 0 for row in rows for address in row)
-    return table.to(device, non_blocking=True), aligned
-
-
-def element_type(x: Tensor) -> Any:
-    """Triton's name of a dtype."""
-    return getattr(tl, str(x.dtype).removeprefix("torch."))
 
 
 def launch(tensors: Sequence[Tensor], chunk: int = CHUNK) -> Tensor:

@@ -68,12 +68,17 @@ class Kernels:
     """The passes over the head's logits."""
 
 
+def implementation(asked: str, device_type: str) -> str:
+    """What a key of `kernels` means on a device."""
+    auto = "triton" if device_type == "cuda" else "torch"
+    return auto if asked == "auto" else asked
+
+
 def choose_kernels(config: KernelsConfig, device_type: str) -> Kernels:
     """The implementations that a config names; `auto` is Triton on a GPU, torch elsewhere."""
-    auto = "triton" if device_type == "cuda" else "torch"
 
     def named(asked: str) -> str:
-        return auto if asked == "auto" else asked
+        return implementation(asked, device_type)
 
     norm, add_norm = _NORMS[named(config.rms_norm)]()
     return Kernels(

@@ -12,6 +12,7 @@ from torch.optim.adamw import adamw as torch_adamw
 
 from megallama.config.schema import KernelsConfig, OptimizerConfig
 from megallama.mesh import ProcessGroupManager
+from megallama.model.kernels import implementation
 from megallama.parallel.collectives import sum_over
 from megallama.parallel.placements import placement
 
@@ -236,17 +237,12 @@ def build_optimizer(
     low: Mapping[str, Tensor] | None,
 ) -> AdamW:
     """With the update that the config names; `low` as `AdamW` takes it."""
-    return AdamW(module, config, _UPDATES[_named(kernels.adamw, device_type)], low)
+    return AdamW(module, config, _UPDATES[implementation(kernels.adamw, device_type)], low)
 
 
 def choose_norm(kernels: KernelsConfig, device_type: str) -> SquaredNorm:
     """The squared norm of many tensors of one dtype."""
-    return _NORMS[_named(kernels.grad_norm, device_type)]
-
-
-def _named(asked: str, device_type: str) -> str:
-    auto = "triton" if device_type == "cuda" else "torch"
-    return auto if asked == "auto" else asked
+    return _NORMS[implementation(kernels.grad_norm, device_type)]
 
 
 def local_gradients(module: nn.Module) -> dict[str, Tensor]:

@@ -5,12 +5,12 @@ from pathlib import Path
 
 from megallama.config.schema import parameter_count
 from megallama.data.dataset import Dataset
-from megallama.model.backend import kernels_text
 from megallama.observe.device import device_name, peak_memory_gib
 from megallama.observe.jsonl import read_metrics
 from megallama.observe.meter import Meter, bits_per_byte
 from megallama.observe.mfu import peak_flops
 from megallama.observe.record import EvalRecord, RunInfo, StepRecord
+from megallama.train.backend import kernels_text
 from megallama.train.step import StepResult, Trainer
 
 

@@ -4,8 +4,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from megallama_kernels.grad_norm import chunks, launch, squared_norm
+from megallama_kernels.grad_norm import launch, squared_norm
 from megallama_kernels.language import launches
+from megallama_kernels.multi_tensor import chunks
 from torch import Tensor
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

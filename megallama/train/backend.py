@@ -6,17 +6,16 @@ import torch
 from torch.nn.attention import SDPBackend
 
 from megallama.config.schema import Config
-
-COMPUTED_IN = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
+from megallama.model.kernels import implementation
+from megallama.parallel.data import COMPUTE_DTYPE
 
 
 def kernels_text(config: Config, device: torch.device) -> str:
     """Like `triton; attention flex`, or `torch (rms_norm: apex); attention CUDNN_ATTENTION`."""
-    auto = "triton" if device.type == "cuda" else "torch"
     by_name = defaultdict(list)
     for operation, asked in config.kernels:
         if operation != "attention":
-            by_name[auto if asked == "auto" else asked].append(operation)
+            by_name[implementation(asked, device.type)].append(operation)
     usual = max(by_name, key=lambda name: len(by_name[name]))
     others = [f"{', '.join(ops)}: {name}" for name, ops in by_name.items() if name != usual]
     text = f"{usual} ({'; '.join(others)})" if others else usual
@@ -45,7 +44,7 @@ def sdpa_backend(config: Config, device: torch.device) -> str:
 
     """
     model, tensor = config.model, config.layout.tensor
-    dtype, T = COMPUTED_IN[config.train.precision], config.data.seq_len
+    dtype, T = COMPUTE_DTYPE[config.train.precision], config.data.seq_len
     q, k = (
         torch.empty(1, max(1, heads // tensor), T, model.head_dim, dtype=dtype, device=device)
         for heads in (model.heads, model.kv_heads)
